@@ -1,0 +1,57 @@
+"""Lazy attribute access for packages, so that importing one costs nothing until a name is used (PEP 562)."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from gnomon import catalog
+
+
+def lazy_attributes(
+    package: str, extra: Mapping[str, str] | None = None, submodules: Sequence[str] = ()
+) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
+    """Return `__getattr__` and `__dir__` for a package.
+
+    Parameters
+    ----------
+    package : str
+        The package's ``__name__``. A public name is looked up in `extra` first, then in the modules of the
+        methods whose cards stand in the package's folder (every name in a module's ``__all__``).
+    extra : mapping of str to str, optional
+        Names from elsewhere: attribute -> ``"module:attribute"``.
+    submodules : sequence of str, optional
+        Modules of the package that are imported when first named.
+
+    Returns
+    -------
+    tuple of two callables
+        To be bound to ``__getattr__`` and ``__dir__`` of the package.
+    """
+    pillar = package.rpartition(".")[2]
+    extra = dict(extra or {})
+
+    def modules() -> list[str]:
+        cards = [c for c in catalog.methods() if c.pillar == pillar]
+        return sorted({c.entry.partition(":")[0] for c in cards})
+
+    def getattribute(name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        if name in extra:
+            return catalog.resolve(extra[name])
+        if name in submodules:
+            return importlib.import_module(f"{package}.{name}")
+        for module_name in modules():
+            if not module_name.startswith(package + "."):
+                continue
+            module = importlib.import_module(module_name)
+            if name in getattr(module, "__all__", ()):
+                return getattr(module, name)
+        raise AttributeError(f"module {package!r} has no attribute {name!r}")
+
+    def directory() -> list[str]:
+        return sorted({*extra, *submodules})
+
+    return getattribute, directory

@@ -1,0 +1,1 @@
+"""What several pillars need: models, corpora, calibration, linear algebra."""
