@@ -2,4 +2,7 @@
 
 from gnomon._lazy import lazy_attributes as _lazy_attributes
 
-__getattr__, __dir__ = _lazy_attributes(__name__, {"Perplexity": "gnomon.evals.perplexity:Perplexity", "perplexity": "gnomon.evals.perplexity:perplexity"})
+__getattr__, __dir__ = _lazy_attributes(
+    __name__,
+    {"Perplexity": "gnomon.evals.perplexity:Perplexity", "perplexity": "gnomon.evals.perplexity:perplexity"},
+)
