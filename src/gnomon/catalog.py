@@ -123,9 +123,7 @@ def read_card(path: Path) -> Card:
     except TypeError as error:
         raise ConfigError(f"{path.name}: [paper] or [[claims]] has a missing or unknown key ({error}).") from error
     plain = {k: raw[k] for k in ("slug", "title", "lets_you", "pillar", "plugs", "entry")}
-    return Card(
-        **plain, paper=paper, claims=claims, conflicts=raw.get("conflicts", {}), recipe=raw.get("recipe", {})
-    )
+    return Card(**plain, paper=paper, claims=claims, conflicts=raw.get("conflicts", {}), recipe=raw.get("recipe", {}))
 
 
 @lru_cache(maxsize=1)

@@ -23,7 +23,16 @@ from gnomon.errors import ConfigError, DataError
 
 __all__ = ["Corpus", "Quarantined", "load", "windows"]
 
-_SKIPPED_FOLDERS = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "__pycache__", "turtledemo"}
+_SKIPPED_FOLDERS = {
+    "test",
+    "tests",
+    "idlelib",
+    "lib2to3",
+    "site-packages",
+    "dist-packages",
+    "__pycache__",
+    "turtledemo",
+}
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,16 @@ from gnomon.common.files import atomic_folder, cache_dir, content_hash
 from gnomon.common.layers import unwrap
 from gnomon.errors import ConfigError, ModelError, nearest
 
-__all__ = ["ARCHITECTURES", "Workbench", "export_model", "load_model", "load_tokenizer", "save_model", "tiny", "workbench"]
+__all__ = [
+    "ARCHITECTURES",
+    "Workbench",
+    "export_model",
+    "load_model",
+    "load_tokenizer",
+    "save_model",
+    "tiny",
+    "workbench",
+]
 
 log = logging.getLogger("gnomon")
 
@@ -101,6 +110,7 @@ def tiny(
     tied = architecture in ("qwen", "gpt2", "gemma2", "bert", "marian") if tie is None else tie
     ids = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
     common = {"vocab_size": vocab_size, "tie_word_embeddings": tied, **ids}
+    options: dict[str, Any]
     if architecture == "gpt2":
         options = {"n_embd": hidden_size, "n_layer": num_layers, "n_head": num_heads, "n_inner": plain}
         options |= {"n_positions": max_positions, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
@@ -129,10 +139,10 @@ def tiny(
 def _model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     for name in getattr(config, "architectures", None) or ():
         if hasattr(transformers, name):
-            return getattr(transformers, name)  # type: ignore[no-any-return]
+            return getattr(transformers, name)
     mapping = transformers.AutoModelForCausalLM._model_mapping
     if type(config) in mapping:
-        return mapping[type(config)]  # type: ignore[no-any-return]
+        return mapping[type(config)]
     raise ModelError(
         f"no model class known for {config.model_type!r} (architectures: {getattr(config, 'architectures', None)}). "
         "Allowed: any architecture of transformers with a language-model head."
@@ -142,7 +152,7 @@ def _model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
 def _rebuilding(cls: type[PreTrainedModel], entries: list[dict[str, Any]]) -> type[PreTrainedModel]:
     """Return `cls` with the recorded surgery done at the end of its constructor, before weights are read."""
 
-    def __init__(self: Any, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
+    def __init__(self: Any, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:  # noqa: N807 (it becomes the class's constructor)
         cls.__init__(self, config, *args, **kwargs)
         surgery.replay(self, entries)
 
@@ -191,7 +201,7 @@ def load_model(path_or_hub_id: str | Path, **from_pretrained_kwargs: Any) -> Pre
     if (adapter / "adapter_config.json").is_file():
         import peft
 
-        return peft.PeftModel.from_pretrained(model, str(adapter))  # type: ignore[no-any-return]
+        return peft.PeftModel.from_pretrained(model, str(adapter))
     return model
 
 
@@ -208,7 +218,7 @@ def load_tokenizer(path_or_hub_id: str | Path) -> PreTrainedTokenizerBase:
         When there is none.
     """
     try:
-        return transformers.AutoTokenizer.from_pretrained(str(path_or_hub_id))  # type: ignore[no-any-return]
+        return transformers.AutoTokenizer.from_pretrained(str(path_or_hub_id))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(
             f"{str(path_or_hub_id)!r} has no usable tokenizer: {_first_line(error)}. "
@@ -219,9 +229,7 @@ def load_tokenizer(path_or_hub_id: str | Path) -> PreTrainedTokenizerBase:
 def _base_state(base: nn.Module) -> dict[str, torch.Tensor]:
     """The state of a model inside a PEFT wrapper under the names it had before adapters were attached."""
     return {
-        name.replace(".base_layer.", "."): tensor
-        for name, tensor in base.state_dict().items()
-        if ".lora_" not in name
+        name.replace(".base_layer.", "."): tensor for name, tensor in base.state_dict().items() if ".lora_" not in name
     }
 
 
@@ -273,7 +281,7 @@ def export_model(model: nn.Module, folder: str | Path, tokenizer: PreTrainedToke
     """
     import copy
 
-    stock = copy.deepcopy(model)
+    stock: Any = copy.deepcopy(model)
     if hasattr(stock, "merge_and_unload"):
         stock = stock.merge_and_unload()
     return save_model(surgery.fold_all(stock), folder, tokenizer)

@@ -17,7 +17,17 @@ from gnomon import catalog
 from gnomon.common.layers import family, unwrap
 from gnomon.errors import ConfigError, ModelError
 
-__all__ = ["fold_all", "forget", "is_recorded", "is_replaying", "record", "recorded", "replay", "replaying", "require_family"]
+__all__ = [
+    "fold_all",
+    "forget",
+    "is_recorded",
+    "is_replaying",
+    "record",
+    "recorded",
+    "replay",
+    "replaying",
+    "require_family",
+]
 
 _REPLAYING: contextvars.ContextVar[bool] = contextvars.ContextVar("gnomon_replaying", default=False)
 

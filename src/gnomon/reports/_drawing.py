@@ -1,4 +1,4 @@
-"""How pictures are drawn: matplotlib's objects without pyplot state, SVG as data URIs, the same bytes every time."""
+"""How pictures are drawn: matplotlib's objects, no pyplot state; SVG as data URIs, the same bytes every time."""
 
 from __future__ import annotations
 
@@ -151,9 +151,7 @@ def maybe_log(axes: Any, values: Sequence[float], which: str = "y", factor: floa
 
 
 def finite(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    return [
-        (x, y) for x, y in points if math.isfinite(x) and math.isfinite(y) and max(abs(x), abs(y)) < 1e300
-    ]
+    return [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y) and max(abs(x), abs(y)) < 1e30]
 
 
 def thinned(points: Sequence[tuple[float, float]], limit: int = _POINTS) -> list[tuple[float, float]]:

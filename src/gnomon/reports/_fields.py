@@ -88,7 +88,7 @@ class Fields:
         """Return the object under `key`, empty when absent."""
         return Fields(self.raw.get(key), self._path(key), self.odd)
 
-    def list(self, key: str) -> list[Any]:
+    def items(self, key: str) -> list[Any]:
         """Return the list under `key`, empty when absent."""
         value = self.raw.get(key)
         if value is None:
@@ -102,14 +102,14 @@ class Fields:
         """Return the objects of the list under `key`."""
         return [
             Fields(entry, f"{self._path(key)}[{i}]", self.odd)
-            for i, entry in enumerate(self.list(key))
+            for i, entry in enumerate(self.items(key))
             if entry is not None
         ]
 
     def texts(self, key: str) -> list[str]:
         """Return the texts of the list under `key`; other entries are noted and left out."""
         found: list[str] = []
-        for i, entry in enumerate(self.list(key)):
+        for i, entry in enumerate(self.items(key)):
             if isinstance(entry, str):
                 found.append(entry)
             else:
@@ -125,7 +125,7 @@ class Fields:
     def pairs(self, key: str) -> list[tuple[float, float]]:
         """Return the ``[x, y]`` pairs of the list under `key`; other entries are noted and left out."""
         found: list[tuple[float, float]] = []
-        for i, entry in enumerate(self.list(key)):
+        for i, entry in enumerate(self.items(key)):
             place = f"{key}[{i}]"
             if not isinstance(entry, list) or len(entry) != 2:
                 self._note(place, "a pair [x, y]", entry)

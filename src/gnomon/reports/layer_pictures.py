@@ -140,7 +140,7 @@ def error_steps(stage: Stage) -> dict[str, dict[str, float]]:
 
 
 def layer_errors(stage: Stage) -> Picture | None:
-    """Draw the error of every layer at each step of a stage, so that before and after stand above each other."""
+    """Draw the error of every layer at each step of a stage: before and after stand above each other."""
     steps = dict(list(error_steps(stage).items())[: len(_STEP_STYLES)])
     if not steps:
         return None

@@ -125,67 +125,93 @@ def depth_picture(run: Run, position: int) -> Picture | None:
         )
 
 
+@dataclass(frozen=True)
+class _Spot:
+    x: float
+    y: float
+    below: float
+    above: float
+    title: str
+
+
+def _spots(run: Run, name: str, metric: str) -> list[_Spot]:
+    found: list[_Spot] = []
+    for row in rows_of(run, name):
+        value = row.metrics.get(metric)
+        if value is None or row.size is None or not finite([(row.size, value.value)]):
+            continue
+        low, high = (
+            value.value if end is None or not math.isfinite(end) else end for end in (value.low, value.high)
+        )
+        below, above = max(0.0, value.value - low), max(0.0, high - value.value)
+        found.append(_Spot(row.size, value.value, below, above, row.title))
+    return found
+
+
 def size_picture(run: Run) -> Picture | None:
     """Draw the main metric against the size of the model, a path through the stages for each arm."""
     metric = main_metric(run)
     styles = arm_styles(run)
-    paths: dict[str, list[tuple[float, float, float, float, str]]] = {}
-    for name in styles:
-        for row in rows_of(run, name):
-            value = row.metrics.get(metric)
-            if value is None or row.size is None or not finite([(row.size, value.value)]):
-                continue
-            low = value.value if value.low is None or not math.isfinite(value.low) else value.low
-            high = value.value if value.high is None or not math.isfinite(value.high) else value.high
-            paths.setdefault(name, []).append((row.size / 1e6, value.value, low, high, row.title))
+    paths = {name: spots for name in styles if (spots := _spots(run, name, metric))}
     if not paths:
         return None
+    largest = max(spot.x for spots in paths.values() for spot in spots)
+    unit, bytes_each = ("GB", 1e9) if largest > 3e9 else ("MB", 1e6)
     with drawing(3.1 + legend_height(len(paths))) as figure:
         axes = figure.add_subplot()
-        for name, points in paths.items():
-            x, y, low, high = ([p[i] for p in points] for i in range(4))
-            below = [max(0.0, v - a) for v, a in zip(y, low, strict=True)]
-            above = [max(0.0, b - v) for v, b in zip(y, high, strict=True)]
+        for name, spots in paths.items():
             axes.errorbar(
-                x, y, yerr=[below, above], color=styles[name].color, linestyle=styles[name].dash, marker="o",
-                markersize=5, capsize=2.5, linewidth=1.3, label=label(name), zorder=3 if name == "all" else 2,
-            )  # fmt: skip
-        axes.set(xlabel="size (MB)", ylabel=label(words.metric_name(metric)))
+                [spot.x / bytes_each for spot in spots],
+                [spot.y for spot in spots],
+                yerr=[[spot.below for spot in spots], [spot.above for spot in spots]],
+                color=styles[name].color,
+                linestyle=styles[name].dash,
+                marker="o",
+                markersize=5,
+                capsize=2.5,
+                linewidth=1.3,
+                label=label(name),
+                zorder=3 if name == "all" else 2,
+            )
+        axes.set(xlabel=f"size ({unit})", ylabel=label(words.metric_name(metric)))
         axes.margins(x=0.16, y=0.14)
-        maybe_log(axes, [p[1] for points in paths.values() for p in points], factor=12.0)
-        _annotate(axes, next(iter(paths.values())))
+        maybe_log(axes, [spot.y for spots in paths.values() for spot in spots], factor=12.0)
+        _annotate(axes, next(iter(paths.values())), bytes_each)
         add_legend(figure, axes)
         told = "; ".join(
-            f"{name}: "
-            + ", ".join(f"{t} {words.figure(v)} at {words.figure(s)} MB" for s, v, _, _, t in points)
-            for name, points in paths.items()
+            f"{name}: " + ", ".join(f"{s.title} {words.figure(s.y)} at {words.bytes_(s.x)}" for s in spots)
+            for name, spots in paths.items()
         )
         return picture(
             figure,
             f"Size against {words.metric_name(metric)}",
-            f"Each point is a stage, each bar its interval; the path of {label(next(iter(paths)))} is labelled.",
+            f"Each point is a stage, each bar its interval; the path of \u201c{next(iter(paths))}\u201d is labelled.",
             f"Scatter chart of {words.metric_name(metric)} against the size of the model. {told}.",
         )
 
 
-def _annotate(axes: Any, points: Sequence[tuple[float, float, float, float, str]]) -> None:
+def _annotate(axes: Any, spots: Sequence[_Spot], bytes_each: float) -> None:
     """Write the stages beside their points; stages on the same spot share one text."""
-    spans = [max(p[i] for p in points) - min(p[i] for p in points) or 1.0 for i in (0, 1)]
-    groups: list[tuple[float, float, list[str]]] = []
-    for x, y, _, _, title in points:
-        for gx, gy, titles in groups:
-            if abs(x - gx) < 0.05 * spans[0] and abs(y - gy) < 0.08 * spans[1]:
-                titles.append(title)
+    wide, tall = (max(values) - min(values) or 1.0 for values in ([s.x for s in spots], [s.y for s in spots]))
+    groups: list[tuple[_Spot, list[str]]] = []
+    for spot in spots:
+        for other, titles in groups:
+            if abs(spot.x - other.x) < 0.05 * wide and abs(spot.y - other.y) < 0.08 * tall:
+                titles.append(spot.title)
                 break
         else:
-            groups.append((x, y, [title]))
-    middle = sum(p[0] for p in points) / len(points)
-    for x, y, titles in groups:
-        right = x > middle
+            groups.append((spot, [spot.title]))
+    middle = (max(s.x for s in spots) + min(s.x for s in spots)) / 2
+    for spot, titles in groups:
+        right = spot.x > middle
         axes.annotate(
-            label(", ".join(dict.fromkeys(titles)), 30), (x, y), xytext=(-7 if right else 7, 7),
-            textcoords="offset points", ha="right" if right else "left", fontsize=9,
-        )  # fmt: skip
+            label(", ".join(dict.fromkeys(titles)), 30),
+            (spot.x / bytes_each, spot.y),
+            xytext=(-7 if right else 7, 7),
+            textcoords="offset points",
+            ha="right" if right else "left",
+            fontsize=9,
+        )
 
 
 def pictures_of(run: Run) -> list[Picture]:

@@ -213,7 +213,7 @@ def read_run(run_folder: str | Path) -> Run:
             quarantine_file=data.text("quarantine_file"),
         ),
         model=Model(model.text("family"), model.whole("parameters"), model.text("source")),
-        seeds=tuple(seed for seed in fields.list("seeds") if isinstance(seed, int)),
+        seeds=tuple(seed for seed in fields.items("seeds") if isinstance(seed, int)),
         arms=arms,
         ablation=tuple(_effect(row) for row in fields.children("ablation")),
         warnings=tuple(fields.texts("warnings")),
@@ -302,7 +302,7 @@ def _effect(fields: Fields) -> Effect:
 def quarantined_rows(run: Run, limit: int = 8) -> list[dict[str, str]]:
     """Return the first rows of the run's quarantine file as texts.
 
-    Only a file inside the run folder is opened: the path comes from run.json, which may have been sent by somebody.
+    Only a file inside the run folder is opened: the path comes from run.json, which somebody may have sent.
 
     Parameters
     ----------

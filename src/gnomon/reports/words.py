@@ -10,8 +10,8 @@ from gnomon.reports.reading import Effect, Measured, MethodUse, Run
 from gnomon.reports.tables import Row, main_metric, rows_of
 
 __all__ = [
-    "NOT_RECORDED", "between", "bytes_", "count", "effect_sentence", "figure", "headline", "listing", "metric_name",
-    "options_of", "reading_of", "seconds_", "share", "signed",
+    "NOT_RECORDED", "between", "bytes_", "count", "effect_sentence", "figure", "headline", "listing",
+    "metric_name", "options_of", "reading_of", "seconds_", "share", "signed",
 ]  # fmt: skip
 
 NOT_RECORDED = "–"
@@ -146,9 +146,9 @@ def reading_of(effect: Effect) -> str:
     Returns
     -------
     str
-        ``"helps"`` or ``"hurts"`` where the interval lies on one side of zero and the metric has a known good
-        direction, ``"raises it"`` or ``"lowers it"`` where it has none, ``"within the spread"`` where the interval
-        holds zero, ``"no spread measured"`` without an interval, ``"not measured"`` without a difference.
+        ``"helps"`` or ``"hurts"`` where the interval lies on one side of zero and the metric has a known
+        good direction, ``"raises it"`` or ``"lowers it"`` where it has none, ``"within the spread"`` where the
+        interval holds zero, ``"no spread measured"`` without an interval, ``"not measured"`` without a difference.
     """
     if effect.difference is None or not math.isfinite(effect.difference):
         return "not measured"
@@ -229,10 +229,8 @@ def _did(run: Run, rows: Sequence[Row]) -> str:
     }
     start = f"This run took {model}"
     if not rows:
-        return (
-            f"{start}{f' and data from {run.data.source}' if run.data.source else ''}; no stage is finished yet."
-            + (ends.get(run.status, ""))
-        )
+        source = f" and data from {run.data.source}" if run.data.source else ""
+        return f"{start}{source}; no stage is finished yet." + ends.get(run.status, "")
     deeds = [_deed(row) for row in rows]
     first = next((i for i, row in enumerate(rows) if row.kind == "train"), None)
     if first is not None and text:

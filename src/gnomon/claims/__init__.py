@@ -1,0 +1,1 @@
+"""The papers' claims as experiments: arms x seeds -> a number each, a declared relation, a computed verdict."""
