@@ -7,6 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# Examples are bounded in number; how long one takes depends on what else the machine does.
+settings.register_profile("gnomon", deadline=None, max_examples=50)
+settings.load_profile("gnomon")
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -13,7 +13,7 @@ __getattr__, __dir__ = _lazy_attributes(
     {
         "load_model": "gnomon.common.models:load_model",
         "save_model": "gnomon.common.models:save_model",
-        "run": "gnomon.recipes.runner:run",
+        "run": "gnomon.cli.job:run",
     },
     submodules=("catalog", "claims", "common", "recipes", "reports", *_PILLARS),
 )

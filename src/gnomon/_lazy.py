@@ -3,10 +3,25 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Callable, Mapping, Sequence
+from types import ModuleType
 from typing import Any
 
 from gnomon import catalog
+
+
+class _Package(ModuleType):
+    """A package in which a module that carries the name of its function stands for that function.
+
+    `from gnomon.compress import eora` is then the function, whether or not the module `gnomon.compress.eora` has
+    been imported before; `from gnomon.compress.eora import eora_layer` works as ever.
+    """
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, ModuleType) and value.__name__ == f"{self.__name__}.{name}":
+            value = vars(value).get(name, value)
+        super().__setattr__(name, value)
 
 
 def lazy_attributes(
@@ -29,6 +44,7 @@ def lazy_attributes(
     tuple of two callables
         To be bound to ``__getattr__`` and ``__dir__`` of the package.
     """
+    sys.modules[package].__class__ = _Package
     pillar = package.rpartition(".")[2]
     extra = dict(extra or {})
 

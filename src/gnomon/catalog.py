@@ -63,7 +63,9 @@ class Card:
     conflicts : dict of str to str
         Slug of a method that cannot share a recipe with this one -> the reason.
     recipe : mapping
-        How recipes use it: `stages`, `from_scratch`, `groups`, `without`, `fold`.
+        How recipes use it: `stages` it can join, `from_scratch` (needs random weights), `groups` (an
+        optimizer's function of the model), `without` (options of the ablation arm), `fold` (exact conversion to a
+        stock model), `check` (a function that checks options against a model before anything runs).
     """
 
     slug: str
@@ -79,7 +81,7 @@ class Card:
 
 
 _TOP_KEYS = {"slug", "title", "lets_you", "pillar", "plugs", "entry", "paper", "claims", "conflicts", "recipe"}
-_RECIPE_KEYS = {"stages", "from_scratch", "groups", "without", "fold"}
+_RECIPE_KEYS = {"stages", "from_scratch", "groups", "without", "fold", "check"}
 
 
 def _package_root() -> Path:

@@ -91,7 +91,7 @@ class Progress:
 
     def _plain(self, task: Task) -> None:
         now = time.monotonic()
-        if not self.enabled or now - self._last < self.every:
+        if not self.enabled or now - self._last < self.every or task.done >= task.total:
             return
         self._last = now
         left = "" if task.eta is None else f", {duration(task.eta)} left"

@@ -95,9 +95,7 @@ def test_half_precision_does_not_overflow_and_double_stays_double() -> None:
 
 def test_gram_is_optional_and_two_dimensions_are_one_sequence() -> None:
     assert LayerInputs.from_tensor(torch.ones(3, 4), gram=False).gram is None
-    assert_statistics(
-        LayerInputs.from_tensor(torch.arange(12.0).reshape(3, 4)), [torch.arange(12.0).reshape(3, 4)]
-    )
+    assert_statistics(LayerInputs.from_tensor(torch.arange(12.0).reshape(3, 4)), [torch.arange(12.0).reshape(3, 4)])
 
 
 def test_bad_inputs_are_named() -> None:

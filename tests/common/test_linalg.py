@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gnomon.common.linalg import fix_signs, project_out, randomized_svd, svd, whitening
+from gnomon.common.linalg import dominant_basis, fix_signs, project_out, randomized_svd, svd, whitening
 from gnomon.errors import MethodError
 
 
@@ -119,6 +119,63 @@ def test_randomised_survives_a_matrix_of_lower_rank() -> None:
     assert torch.linalg.norm(S[1:]) < 1e-5
 
 
+def captured(a: torch.Tensor, basis: torch.Tensor) -> float:
+    """Energy of `a` in the basis over that in the best basis of the same size."""
+    return float(torch.linalg.norm(basis.T @ a) / svd(a)[1][: basis.shape[1]].norm())
+
+
+@pytest.mark.parametrize(("d", "n"), [(150, 220), (220, 150), (180, 180)])
+def test_dominant_basis_from_nothing_and_from_a_start(d: int, n: int) -> None:
+    generator = torch.Generator().manual_seed(1)
+    before = falling(d, n, 0.97)
+    after = before + 1.0 * falling(d, n, 0.97, seed=5) + 0.002 * torch.randn(d, n, generator=generator)
+    old = svd(before, 24)[0]
+    cold, warm = dominant_basis(after, 24), dominant_basis(after, 24, start=old)
+    for basis in (cold, warm):
+        assert basis.shape == (d, 24)
+        assert torch.allclose(basis.T @ basis, torch.eye(24), atol=1e-5)
+    assert captured(after, old) < 0.95
+    assert captured(after, warm) > 0.96
+    assert captured(after, cold) > 0.99
+    more = dominant_basis(after, 24, start=old, power_iterations=8)
+    assert captured(after, more) > 0.9995
+    overlap = (more.T @ svd(after, 24)[0]).diagonal().abs()
+    assert overlap[:10].min() > 0.99  # the vectors themselves, not only their span
+
+
+def test_a_warm_start_finds_a_direction_outside_the_start() -> None:
+    a = falling(150, 150, 0.9)
+    new = torch.linalg.qr(torch.cat([svd(a, 20)[0], torch.randn(150, 1, generator=torch.Generator())], 1)).Q
+    changed = a + 5 * new[:, 20:] @ new[:, 20:].T
+    basis = dominant_basis(changed, 20, start=new[:, :20])
+    assert float((basis[:, 0] @ new[:, 20]).abs()) > 0.99
+
+
+def test_a_basis_that_is_right_stays_as_it_is() -> None:
+    a = falling(150, 150, 0.8)
+    start = svd(a, 6)[0] * torch.tensor([1.0, -1.0, 1.0, -1.0, -1.0, 1.0])
+    assert torch.allclose(dominant_basis(a, 6, start=start), start, atol=1e-4)
+    # also where the exact decomposition is taken
+    assert torch.allclose(dominant_basis(a, 6, start=start, oversample=200), start, atol=1e-4)
+
+
+def test_dominant_basis_edges() -> None:
+    low = torch.outer(torch.arange(1.0, 101.0), torch.ones(90))
+    for start in (None, torch.eye(100)[:, :5]):
+        basis = dominant_basis(low, 5, start=start)
+        assert torch.isfinite(basis).all()
+        assert torch.allclose(basis @ (basis.T @ low), low, rtol=1e-3)
+    assert torch.isfinite(dominant_basis(torch.zeros(60, 50), 3)).all()
+    small = falling(20, 12, 0.7, dtype=torch.bfloat16)
+    assert torch.equal(dominant_basis(small, 5), svd(small, 5)[0])
+    assert dominant_basis(small, 50).shape == (20, 12)
+    assert dominant_basis(falling(90, 90, 0.9, dtype=torch.float64), 3).dtype == torch.float64
+    a = falling(90, 90, 0.9)
+    state = torch.get_rng_state()
+    assert torch.equal(dominant_basis(a, 4, start=svd(a, 2)[0]), dominant_basis(a, 4, start=svd(a, 2)[0]))
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_whitening_of_a_full_rank_gram() -> None:
     x = torch.randn(50, 8, generator=torch.Generator().manual_seed(0))
     gram = x.T @ x
@@ -168,6 +225,8 @@ def test_project_out() -> None:
         (lambda: randomized_svd(torch.ones(4, 4), 1, oversample=-1), "oversample = -1, power_iterations = 2"),
         (lambda: randomized_svd(torch.full((40, 40), float("inf")), 2), "NaN or infinite"),
         (lambda: randomized_svd(torch.ones(4), 2), "a matrix with 2 dimensions"),
+        (lambda: dominant_basis(torch.full((40, 40), float("nan")), 2), "NaN or infinite"),
+        (lambda: dominant_basis(torch.ones(40, 40), 0), "rank = 0"),
         (lambda: whitening(torch.ones(2, 3)), r"gram has the shape \(2, 3\); a Gram matrix is square"),
         (lambda: whitening(torch.zeros(3, 3)), "No eigenvalue of gram is above"),
         (lambda: project_out(torch.ones(3), torch.ones(4)), "x has 3 features and basis 4"),

@@ -58,9 +58,7 @@ def by_hand(model, stream: torch.Tensor, context: int, stride: int) -> tuple[flo
     return total, count
 
 
-@pytest.mark.parametrize(
-    ("n", "context", "stride"), [(50, 16, 16), (50, 16, 8), (50, 16, 1), (16, 16, 5), (7, 16, 9)]
-)
+@pytest.mark.parametrize(("n", "context", "stride"), [(50, 16, 16), (50, 16, 8), (50, 16, 1), (16, 16, 5), (7, 16, 9)])
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_a_stream_agrees_with_the_loop(n, context, stride, batch_size):
     model, stream = llama().double(), tokens(n)
@@ -113,18 +111,14 @@ def test_labels_of_minus_100_are_context_only():
     with torch.no_grad():
         logs = model(ids).logits.log_softmax(-1)[0]
     assert result.tokens == 5
-    assert result.nll == pytest.approx(
-        -np.mean([logs[i - 1, ids[0, i]].item() for i in range(15, 20)]), rel=1e-5
-    )
+    assert result.nll == pytest.approx(-np.mean([logs[i - 1, ids[0, i]].item() for i in range(15, 20)]), rel=1e-5)
 
 
 def test_all_forms_of_the_same_data_agree():
     model = llama()
     ids = torch.stack([tokens(12, s) for s in range(5)])
     expected = perplexity(model, ids).nll
-    table = datasets.Dataset.from_dict(
-        {"input_ids": ids.tolist(), "attention_mask": torch.ones_like(ids).tolist()}
-    )
+    table = datasets.Dataset.from_dict({"input_ids": ids.tolist(), "attention_mask": torch.ones_like(ids).tolist()})
     forms = {
         "list of lists": ids.tolist(),
         "list of tensors": list(ids),
@@ -146,9 +140,7 @@ def test_all_forms_of_the_same_data_agree():
 def test_rows_without_a_token_to_score_do_not_count():
     model = llama()
     kept = perplexity(model, [tokens(9)])
-    assert (
-        perplexity(model, [[], tokens(9), [3]]).window_tokens.tolist() == kept.window_tokens.tolist() == [8]
-    )
+    assert perplexity(model, [[], tokens(9), [3]]).window_tokens.tolist() == kept.window_tokens.tolist() == [8]
 
 
 def test_the_interval_covers_the_true_mean_about_as_often_as_it_says():
@@ -186,9 +178,7 @@ def test_paired_difference_is_tighter_than_two_intervals():
     assert high - low < 0.2 * (math.log(a.high) - math.log(a.low))
     assert b.paired_difference(a)[0] == pytest.approx(-gap)
     assert a.paired_difference(a) == (0.0, 0.0, 0.0)
-    with pytest.raises(
-        MethodError, match="not on the same windows: 40 windows with 960 scored tokens against 50"
-    ):
+    with pytest.raises(MethodError, match="not on the same windows: 40 windows with 960 scored tokens against 50"):
         a.paired_difference(perplexity(model, stream, context=20))
 
 
@@ -202,9 +192,7 @@ def test_the_model_is_left_as_it_was():
     assert [m.training for m in model.modules()] == flags
     assert torch.equal(torch.random.get_rng_state(), before)
     assert all(p.grad is None for p in model.parameters())
-    model(
-        tokens(10)[None], labels=tokens(10)[None]
-    ).loss.backward()  # no inference tensor was left in a buffer
+    model(tokens(10)[None], labels=tokens(10)[None]).loss.backward()  # no inference tensor was left in a buffer
 
 
 def test_dropout_is_off_even_for_a_model_in_training():
@@ -225,9 +213,7 @@ def test_a_peft_model_counts_its_adapter():
     base = perplexity(llama(), stream).nll
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        adapted = peft.get_peft_model(
-            llama(), peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
-        )
+        adapted = peft.get_peft_model(llama(), peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
     with_adapter = perplexity(adapted, stream).nll
     assert with_adapter != pytest.approx(base, abs=1e-4)
     assert with_adapter == pytest.approx(perplexity(adapted.merge_and_unload(), stream).nll, rel=1e-5)

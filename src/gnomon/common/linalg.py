@@ -10,6 +10,8 @@ and ranks.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -19,22 +21,21 @@ from gnomon.errors import MethodError
 __all__ = ["dominant_basis", "fix_signs", "project_out", "randomized_svd", "svd", "whitening"]
 
 _OVERSAMPLE = 8
+_NOT_FINITE = (
+    "{what} of shape {shape} holds NaN or infinite entries, so it cannot be decomposed. "
+    "Find the step or the input that produced them."
+)
 
 
-def _working_copy(a: Tensor, what: str = "a") -> Tensor:
+def _working_copy(a: Tensor, what: str = "a", *, check: bool = True) -> Tensor:
     """Return `a` in float32 or float64 after checking that it is a finite real matrix."""
     if a.ndim != 2:
         raise MethodError(f"{what} has the shape {tuple(a.shape)}; a matrix with 2 dimensions is needed.")
     if not a.is_floating_point():
-        raise MethodError(
-            f"{what} has the dtype {a.dtype}; a real floating dtype is needed. Convert it first."
-        )
+        raise MethodError(f"{what} has the dtype {a.dtype}; a real floating dtype is needed. Convert it first.")
     work = a if a.dtype in (torch.float32, torch.float64) else a.float()
-    if not bool(torch.isfinite(work).all()):
-        raise MethodError(
-            f"{what} of shape {tuple(a.shape)} holds NaN or infinite entries, so it cannot be decomposed. "
-            "Find the step or the input that produced them."
-        )
+    if check and not bool(torch.isfinite(work).all()):
+        raise MethodError(_NOT_FINITE.format(what=what, shape=tuple(a.shape)))
     return work
 
 
@@ -46,9 +47,7 @@ def _checked_rank(rank: int | None, limit: int) -> int:
     return min(int(rank), limit)
 
 
-def fix_signs(
-    U: Float[Tensor, "m k"], Vh: Float[Tensor, "k n"]
-) -> tuple[Float[Tensor, "m k"], Float[Tensor, "k n"]]:
+def fix_signs(U: Float[Tensor, "m k"], Vh: Float[Tensor, "k n"]) -> tuple[Float[Tensor, "m k"], Float[Tensor, "k n"]]:
     """Return the pair with signs chosen so that each left vector's entry of largest magnitude is positive.
 
     Parameters
@@ -170,9 +169,7 @@ def randomized_svd(
     True
     """
     if oversample < 0 or power_iterations < 0:
-        raise MethodError(
-            f"oversample = {oversample}, power_iterations = {power_iterations}; both must be 0 or more."
-        )
+        raise MethodError(f"oversample = {oversample}, power_iterations = {power_iterations}; both must be 0 or more.")
     small = min(a.shape) if a.ndim == 2 else 0
     rank = _checked_rank(rank, max(small, 1))
     if rank + oversample >= small or (exact_below is not None and small <= exact_below):
@@ -201,9 +198,9 @@ def dominant_basis(
 ) -> Float[Tensor, "d r"]:
     """Approximate the leading left singular vectors of `a`, warm-started from an earlier basis.
 
-    Block power iteration on A A^T, closed by a shifted Nystroem step (Tropp et al. 2017) instead of
-    Rayleigh-Ritz: from the sketch Q it takes A A^T ~ Y C^-1 Y^T with Y = A (A^T Q) and C = Q^T Y, whose
-    eigenvectors cost one QR of d x k. That is two products with A per iteration and nothing else of A's size.
+    Block power iteration on A A^T, closed by a shifted Nystroem step (Tropp et al., 2017) in place of
+    Rayleigh-Ritz: the sketch S gives A A^T ~ Y C^-1 Y^T with Y = A (A^T S) and C = S^T Y, whose eigenvectors
+    cost one QR of Y. That is two products with A an iteration and nothing else of A's size.
 
     Parameters
     ----------
@@ -214,7 +211,7 @@ def dominant_basis(
     start : Tensor of shape (d, p), optional
         Orthonormal columns close to the answer, such as the basis of an earlier step.
     oversample : int, default 8
-        Random directions added to the sketch.
+        Random directions added to the sketch; they find what the start does not contain.
     power_iterations : int, optional
         Products with A A^T. Default: 1 with a `start`, 3 without.
     generator : torch.Generator, optional
@@ -223,8 +220,9 @@ def dominant_basis(
     Returns
     -------
     Tensor of shape (d, min(rank, d, n))
-        Orthonormal columns, leading vector first, signs as in `fix_signs`; float32 or float64.
-        The exact SVD is taken where ``rank + oversample >= min(d, n)`` or the sketch has lost its rank.
+        Orthonormal columns, leading vector first; float32 or float64. Each vector's sign is that of the same
+        column of `start`, or as in `fix_signs` without one. The exact SVD is taken where
+        ``rank + oversample >= min(d, n)`` or the sketch has lost its rank.
 
     Raises
     ------
@@ -238,32 +236,52 @@ def dominant_basis(
     >>> bool(torch.allclose(basis, svd(a, 1)[0], atol=1e-5))
     True
     """
-    work = _working_copy(a)
+    work = _working_copy(a, check=False)
     rank = _checked_rank(rank, min(a.shape))
-    if rank + oversample >= min(a.shape):
-        return svd(work, rank)[0]
-    generator = _private_generator(generator)
-    if power_iterations is None:
-        power_iterations = 3 if start is None else 1
-    known = 0 if start is None else min(start.shape[1], rank)
-    sketch = _gaussian(work.shape[0], rank + oversample - known, work, generator)
-    if start is not None:
-        sketch = torch.cat([start[:, :known].to(work), sketch], dim=1)
-    for _ in range(power_iterations - 1):
-        sketch = torch.linalg.qr(work @ (work.T @ sketch)).Q
-    sketch = torch.linalg.qr(sketch).Q
-    Z = work.T @ sketch
-    Y = work @ Z
-    shift = Y.norm() * (work.shape[0] ** 0.5 * torch.finfo(work.dtype).eps)
-    core = (Z.T @ Z).double()
-    core.diagonal().add_(shift)
-    factor, failed = torch.linalg.cholesky_ex(core)
+    basis = None
+    if rank + oversample < min(a.shape):
+        sketch = _starting_sketch(work, rank, oversample, start, _private_generator(generator))
+        if power_iterations is None:
+            power_iterations = 3 if start is None else 1
+        for _ in range(power_iterations - 1):
+            sketch = torch.linalg.qr(work @ (work.T @ sketch)).Q
+        basis = _nystroem_basis(work, sketch, rank)
+    if basis is None:
+        basis = svd(work, rank)[0]
+    if start is None or start.shape[1] < rank:
+        return fix_signs(basis, basis.T)[0]
+    agrees = (basis * start[:, :rank].to(basis)).sum(dim=0) >= 0
+    return basis * torch.where(agrees, 1.0, -1.0).to(basis)
+
+
+def _starting_sketch(a: Tensor, rank: int, oversample: int, start: Tensor | None, generator: torch.Generator) -> Tensor:
+    """Return unit columns: the start, filled up with random directions outside it (nearly orthogonal)."""
+    if start is None:
+        return torch.linalg.qr(_gaussian(a.shape[0], rank + oversample, a, generator)).Q
+    known = start[:, :rank].to(a)
+    fresh = _gaussian(a.shape[0], rank + oversample - known.shape[1], a, generator)
+    fresh -= known @ (known.T @ fresh)
+    return torch.cat([known, fresh / fresh.norm(dim=0)], dim=1)
+
+
+def _nystroem_basis(a: Tensor, sketch: Tensor, rank: int) -> Tensor | None:
+    """Return the leading eigenvectors of the Nystroem approximation of A A^T, or None if it breaks down."""
+    Y = a @ (a.T @ sketch)
+    size = float(Y.norm())
+    if not math.isfinite(size):
+        raise MethodError(_NOT_FINITE.format(what="a", shape=tuple(a.shape)))
+    # the shift keeps C positive definite under rounding; it moves eigenvalues, not eigenvectors
+    shift = size * a.shape[0] ** 0.5 * torch.finfo(a.dtype).eps
+    Y.add_(sketch, alpha=shift)
+    C = (sketch.T @ Y).double()
+    C = (C + C.T) / 2
+    L, failed = torch.linalg.cholesky_ex(C)
     if bool(failed):
-        return svd(work, rank)[0]
-    B = torch.linalg.solve_triangular(factor.to(Y.dtype), Y.add_(sketch, alpha=float(shift)).T, upper=False).T
-    Q, C = torch.linalg.qr(B)
-    basis = Q @ torch.linalg.svd(C).U[:, :rank]
-    return fix_signs(basis, basis.T)[0]
+        return None
+    Q, R = torch.linalg.qr(Y)
+    K = torch.linalg.solve_triangular(L.to(R.dtype), R.T, upper=False)
+    vectors = torch.linalg.eigh(K.T @ K).eigenvectors
+    return Q @ vectors[:, -rank:].flip(1)
 
 
 def whitening(

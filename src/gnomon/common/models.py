@@ -306,7 +306,7 @@ _WORKBENCH: dict[str, Any] = {
     "tie": True,
     "seed": 0,
 }
-_WORKBENCH_TRAINING: dict[str, Any] = {"context": 128, "batch": 16, "steps": 400, "lr": 2e-3}
+_WORKBENCH_TRAINING: dict[str, Any] = {"context": 128, "batch": 8, "steps": 800, "lr": 3e-3}
 
 
 def workbench() -> Workbench:

@@ -37,7 +37,7 @@ from gnomon import catalog
 from gnomon.common.layers import unwrap
 from gnomon.common.surgery import recorded
 from gnomon.errors import DataError, MethodError, ModelError
-from gnomon.evals._inference import evaluating, input_device, vocabulary_size
+from gnomon.evals._inference import check_vocabulary, evaluating, input_device, pad_right
 
 __all__ = ["Perplexity", "perplexity"]
 
@@ -183,17 +183,11 @@ def perplexity(
     context = _checked_context(model, context)
     stride = context if stride is None else stride
     if not 1 <= stride <= context:
-        raise MethodError(
-            f"stride is {stride}; it must be from 1 to context ({context}), or tokens would be skipped."
-        )
-    windows = [
-        w for text in _texts(tokens_or_dataset) for w in _windows(text, context, stride) if w.scored.any()
-    ]
+        raise MethodError(f"stride is {stride}; it must be from 1 to context ({context}), or tokens would be skipped.")
+    windows = [w for text in _texts(tokens_or_dataset) for w in _windows(text, context, stride) if w.scored.any()]
     if not windows:
-        raise DataError(
-            "There is no token to score: a text needs 2 tokens or more, since the first has no context."
-        )
-    _check_vocabulary(model, windows)
+        raise DataError("There is no token to score: a text needs 2 tokens or more, since the first has no context.")
+    check_vocabulary(model, (w.ids for w in windows))
     # Windows of like length share a batch, so that little is spent on padding.
     order = sorted(range(len(windows)), key=lambda i: -len(windows[i].ids))
     sums = np.zeros(len(windows))
@@ -223,17 +217,11 @@ def _check_causal(model: nn.Module) -> None:
     name, config = type(inner).__name__, getattr(inner, "config", None)
     causal = name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
     if getattr(config, "is_encoder_decoder", False):
-        raise ModelError(
-            f"{name} is an encoder-decoder; perplexity scores causal (decoder-only) language models."
-        )
+        raise ModelError(f"{name} is an encoder-decoder; perplexity scores causal (decoder-only) language models.")
     if name in MODEL_FOR_MASKED_LM_MAPPING_NAMES.values() and not causal:
-        raise ModelError(
-            f"{name} is a masked language model: it sees the token it predicts. Use a causal model."
-        )
+        raise ModelError(f"{name} is a masked language model: it sees the token it predicts. Use a causal model.")
     if not hasattr(inner, "get_output_embeddings") or inner.get_output_embeddings() is None:
-        raise ModelError(
-            f"{name} has no language-model head, so no logits. Load it with AutoModelForCausalLM."
-        )
+        raise ModelError(f"{name} has no language-model head, so no logits. Load it with AutoModelForCausalLM.")
 
 
 def _checked_context(model: nn.Module, context: int | None) -> int:
@@ -241,9 +229,7 @@ def _checked_context(model: nn.Module, context: int | None) -> int:
     if context is None:
         return min(limit or LONGEST_DEFAULT, LONGEST_DEFAULT)
     if context < 2:
-        raise MethodError(
-            f"context is {context}; a window needs 2 tokens or more: one to condition on, one to score."
-        )
+        raise MethodError(f"context is {context}; a window needs 2 tokens or more: one to condition on, one to score.")
     stretched = any(catalog.get(entry["slug"]).pillar == "context" for entry in recorded(model))
     if limit is not None and context > limit and not stretched:
         raise ModelError(
@@ -252,17 +238,6 @@ def _checked_context(model: nn.Module, context: int | None) -> int:
             "config.max_position_embeddings)."
         )
     return context
-
-
-def _check_vocabulary(model: nn.Module, windows: list[_Window]) -> None:
-    size = vocabulary_size(model)
-    for window in windows:
-        for extreme in (int(window.ids.max()), int(window.ids.min())):
-            if not 0 <= extreme < size:
-                raise DataError(
-                    f"Token id {extreme} is not in the model's vocabulary (0 to {size - 1}). Was the text "
-                    "tokenised with another model's tokenizer?"
-                )
 
 
 def _texts(source: Any) -> Iterator[_Window]:
@@ -289,19 +264,13 @@ def _texts(source: Any) -> Iterator[_Window]:
 
 def _rows(batch: Mapping[str, Any]) -> Iterator[_Window]:
     if "input_ids" not in batch:
-        raise DataError(
-            f"No 'input_ids' among {', '.join(map(str, batch)) or 'no columns'}. Tokenise the text first."
-        )
+        raise DataError(f"No 'input_ids' among {', '.join(map(str, batch)) or 'no columns'}. Tokenise the text first.")
     ids = _ids(batch["input_ids"], "input_ids")
-    mask = (
-        _ids(batch["attention_mask"], "attention_mask") if "attention_mask" in batch else torch.ones_like(ids)
-    )
+    mask = _ids(batch["attention_mask"], "attention_mask") if "attention_mask" in batch else torch.ones_like(ids)
     labels = _ids(batch["labels"], "labels") if batch.get("labels") is not None else ids
     for name, other in (("attention_mask", mask), ("labels", labels)):
         if other.shape != ids.shape:
-            raise DataError(
-                f"{name} has shape {tuple(other.shape)}, input_ids {tuple(ids.shape)}; they must agree."
-            )
+            raise DataError(f"{name} has shape {tuple(other.shape)}, input_ids {tuple(ids.shape)}; they must agree.")
     rows = zip(*(torch.atleast_2d(x) for x in (ids, mask.bool(), labels)), strict=True)
     for row, keep, label in rows:
         yield _Window(row[keep], label[keep] != -100)
@@ -311,9 +280,7 @@ def _ids(values: Any, name: str) -> Tensor:
     try:
         tensor = torch.as_tensor(values).cpu()
     except (ValueError, TypeError) as error:
-        raise DataError(
-            f"{name} is ragged or not numeric ({error}). Give one row per text, or pad."
-        ) from error
+        raise DataError(f"{name} is ragged or not numeric ({error}). Give one row per text, or pad.") from error
     if tensor.numel() == 0:
         tensor = tensor.long()  # an empty list becomes float
     if tensor.is_floating_point() or tensor.is_complex() or not 1 <= tensor.ndim <= 2:
@@ -339,10 +306,7 @@ def _windows(text: _Window, context: int, stride: int) -> Iterator[_Window]:
 
 def _score(model: nn.Module, windows: list[_Window]) -> list[float]:
     """Return the summed negative log-likelihood of each window."""
-    device = input_device(model)
-    pad = nn.utils.rnn.pad_sequence
-    ids = pad([w.ids for w in windows], batch_first=True).to(device)
-    mask = pad([torch.ones_like(w.ids) for w in windows], batch_first=True).to(device)
+    ids, mask = pad_right([w.ids for w in windows], input_device(model))
     first = min(int(w.scored.int().argmax()) for w in windows) - 1
     keep = ids.shape[1] - first
     extra = {"logits_to_keep": keep} if _keeps_logits(model) else {}
@@ -357,9 +321,7 @@ def _keeps_logits(model: nn.Module) -> bool:
     return "logits_to_keep" in inspect.signature(unwrap(model).forward).parameters
 
 
-def _sequence_nll(
-    logits: Float[Tensor, "tokens vocab"], targets: Int[Tensor, " tokens"], scored: Tensor
-) -> float:
+def _sequence_nll(logits: Float[Tensor, "tokens vocab"], targets: Int[Tensor, " tokens"], scored: Tensor) -> float:
     scored = scored.to(logits.device)
     exact = logits[scored].to(torch.promote_types(logits.dtype, torch.float32))
     losses = cross_entropy(exact, targets.to(logits.device)[scored], reduction="none")

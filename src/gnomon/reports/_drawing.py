@@ -1,4 +1,4 @@
-"""How pictures are drawn: matplotlib's objects, no pyplot state; SVG as data URIs, the same bytes every time."""
+"""How pictures are drawn: matplotlib's objects, no pyplot state; SVG as data URIs, always the same bytes."""
 
 from __future__ import annotations
 
@@ -8,31 +8,44 @@ import math
 import re
 import unicodedata
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 __all__ = [
-    "DASHES", "FAINT", "INK", "LINE", "PALETTE", "Picture", "add_legend", "drawing", "finite", "label",
-    "legend_height", "maybe_log", "picture", "thinned",
+    "DASHES",
+    "FAINT",
+    "INK",
+    "LINE",
+    "PALETTE",
+    "PAPER",
+    "Picture",
+    "add_legend",
+    "drawing",
+    "finite",
+    "label",
+    "legend_height",
+    "maybe_log",
+    "picture",
+    "thinned",
 ]  # fmt: skip
 
-INK, FAINT, LINE = "#1d2733", "#5b6875", "#d5dbe1"
+INK, FAINT, LINE, PAPER = "#1d2733", "#5b6875", "#d5dbe1", "#fdfefe"
 # Okabe and Ito's colours, told apart by colour-blind readers; the light yellow is left out
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 DASHES = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
 _DARK = {
-    INK: "#e8ecf0", FAINT: "#a3afba", LINE: "#3a444e", "#0072b2": "#4aa8e0", "#d55e00": "#f0823c",
+    INK: "#e8ecf0", FAINT: "#a3afba", LINE: "#3a444e", PAPER: "#1a2027", "#0072b2": "#4aa8e0", "#d55e00": "#f0823c",
     "#009e73": "#2cc79b", "#cc79a7": "#dd98be", "#e69f00": "#f0b53c", "#56b4e9": "#8accf2",
 }  # fmt: skip
 _FONTS = "system-ui,-apple-system,'Segoe UI',Roboto,'Helvetica Neue',Arial,sans-serif"
-_WIDTH = 4.7  # inches: small enough that the text stays readable on a telephone
-_POINTS = 240  # of a curve; longer ones are averaged in bins
+_WIDTH = 4.3  # inches: small enough that the text stays readable on a telephone
+_POINTS = 160  # of a curve; longer ones are averaged in bins
 _RC = {
     "svg.fonttype": "none",
     "svg.hashsalt": "gnomon",
@@ -98,9 +111,7 @@ def drawing(height: float) -> Iterator[Figure]:
 
 def _uri(figure: Figure) -> str:
     buffer = io.StringIO()
-    figure.savefig(
-        buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None}
-    )
+    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     svg = buffer.getvalue()
     names = {color: f"--c{i}" for i, color in enumerate(_DARK)}
     light = ";".join(f"{name}:{color}" for color, name in names.items())
@@ -115,9 +126,7 @@ def _uri(figure: Figure) -> str:
     svg = re.sub(r"<[^<>]*>", adapt, svg)  # tags alone: labels stay as they are
     rules = f":root{{{light}}}@media (prefers-color-scheme:dark){{:root{{{dark}}}}}"
     svg = svg.replace('<style type="text/css">', f'<style type="text/css">{rules}', 1)
-    return "data:image/svg+xml;base64," + base64.b64encode(svg.encode("utf-8", errors="replace")).decode(
-        "ascii"
-    )
+    return "data:image/svg+xml;base64," + base64.b64encode(svg.encode("utf-8", errors="replace")).decode("ascii")
 
 
 def picture(figure: Figure, title: str, caption: str, alt: str) -> Picture:
@@ -125,28 +134,37 @@ def picture(figure: Figure, title: str, caption: str, alt: str) -> Picture:
     return Picture(title, caption, alt, _uri(figure), round(width * 96), round(height * 96))
 
 
-def add_legend(figure: Figure, axes: Any, *, columns: int = 2) -> None:
+def _columns(labels: Iterable[str]) -> int:
+    return 2 if max(map(len, labels), default=0) <= 25 else 1
+
+
+def add_legend(figure: Figure, axes: Any) -> None:
+    """Put the legend under the axes, in two columns where the labels are short; none for a single line."""
     handles, labels = axes.get_legend_handles_labels()
     if len(handles) > 1:
-        figure.legend(
-            handles, labels, loc="outside lower left", ncols=columns, handlelength=2.2, columnspacing=1.2
-        )
+        columns = _columns(labels)
+        figure.legend(handles, labels, loc="outside lower left", ncols=columns, handlelength=2.2, columnspacing=1.2)
 
 
-def legend_height(entries: int, columns: int = 2) -> float:
-    return 0.0 if entries < 2 else 0.1 + 0.19 * math.ceil(entries / columns)
+def legend_height(names: Iterable[str]) -> float:
+    """Return the inches a legend of these labels takes."""
+    labels = [label(name) for name in names]
+    return 0.0 if len(labels) < 2 else 0.1 + 0.19 * math.ceil(len(labels) / _columns(labels))
 
 
-def _plain_log(axis: Any) -> None:
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.set_minor_locator(NullLocator())
+def _plain(value: float, _: object) -> str:
+    return f"{value:g}".replace("e+0", "e").replace("e-0", "e-")
 
 
-def maybe_log(axes: Any, values: Sequence[float], which: str = "y", factor: float = 30.0) -> bool:
+def maybe_log(axes: Any, values: Sequence[float], factor: float = 30.0) -> bool:
+    """Make the vertical axis logarithmic where the values span more than `factor`; say whether it is."""
     if not values or min(values) <= 0 or max(values) < factor * min(values):
         return False
-    getattr(axes, f"set_{which}scale")("log")
-    _plain_log(getattr(axes, f"{which}axis"))
+    wide = max(values) > 300 * min(values)
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(numticks=7) if wide else LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter(FuncFormatter(_plain))
+    axes.yaxis.set_minor_locator(NullLocator())
     return True
 
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
+import re
 from pathlib import Path
 from typing import Any
 
 from gnomon.errors import DataError
 
-__all__ = ["Fields", "read_object", "write_text"]
+__all__ = ["Fields", "clean", "read_object"]
 
 _KINDS: dict[type, str] = {
     dict: "an object", list: "a list", str: "a text", bool: "true/false", int: "a number", float: "a number",
@@ -99,12 +98,14 @@ class Fields:
         return []
 
     def children(self, key: str) -> list[Fields]:
-        """Return the objects of the list under `key`."""
-        return [
-            Fields(entry, f"{self._path(key)}[{i}]", self.odd)
-            for i, entry in enumerate(self.items(key))
-            if entry is not None
-        ]
+        """Return the objects of the list under `key`; other entries are noted and left out."""
+        found: list[Fields] = []
+        for i, entry in enumerate(self.items(key)):
+            if isinstance(entry, dict):
+                found.append(Fields(entry, f"{self._path(key)}[{i}]", self.odd))
+            else:
+                self._note(f"{key}[{i}]", "an object", entry)
+        return found
 
     def texts(self, key: str) -> list[str]:
         """Return the texts of the list under `key`; other entries are noted and left out."""
@@ -136,6 +137,21 @@ class Fields:
         return found
 
 
+# control characters (but tab and newline), lone surrogates, and the marks that turn the direction of text round
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def clean(value: Any) -> Any:
+    """Replace, in every text of a JSON value, the characters a page cannot show by the replacement character."""
+    if isinstance(value, str):
+        return _UNPRINTABLE.sub("\ufffd", value)
+    if isinstance(value, list):
+        return [clean(entry) for entry in value]
+    if isinstance(value, dict):
+        return {clean(key): clean(entry) for key, entry in value.items()}
+    return value
+
+
 def read_object(path: Path, *, writer: str, again: str) -> dict[str, Any]:
     """Read a JSON file of format 1.
 
@@ -158,19 +174,15 @@ def read_object(path: Path, *, writer: str, again: str) -> dict[str, Any]:
         When the file is missing, is no JSON, is no object, or has another format.
     """
     if not path.is_file():
-        raise DataError(
-            f"there is no such file. It is written by `{writer}`: give a folder that has one.", file=path
-        )
+        raise DataError(f"there is no such file. It is written by `{writer}`: give a folder that has one.", file=path)
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = clean(json.loads(path.read_text(encoding="utf-8")))
     except UnicodeDecodeError as error:
         raise DataError(
             f"the file is not UTF-8 text ({error.reason}, byte {error.start}). {again}", file=path
         ) from None
     except json.JSONDecodeError as error:
-        raise DataError(
-            f"the file is not valid JSON ({error.msg}). {again}", file=path, row=error.lineno
-        ) from None
+        raise DataError(f"the file is not valid JSON ({error.msg}). {again}", file=path, row=error.lineno) from None
     except (ValueError, RecursionError) as error:
         raise DataError(f"the file cannot be read as JSON ({error}). {again}", file=path) from None
     if not isinstance(raw, dict):
@@ -183,25 +195,3 @@ def read_object(path: Path, *, writer: str, again: str) -> dict[str, Any]:
             todo = "It was written by a newer gnomon: upgrade gnomon."
         raise DataError(f"{seen}; this gnomon reads format 1. {todo}", file=path)
     return raw
-
-
-def write_text(path: Path, text: str) -> Path:
-    """Write a file whole or not at all: under a temporary name first, then renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            # JSON may carry lone surrogates, which UTF-8 cannot
-            file.write(text.encode("utf-8", errors="replace"))
-        Path(name).chmod(0o666 & ~_umask())
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-    return path
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

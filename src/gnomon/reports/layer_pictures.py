@@ -5,15 +5,17 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from matplotlib.colors import Normalize
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from gnomon.reports import words
 from gnomon.reports._drawing import (
     FAINT,
     INK,
     LINE,
+    PAPER,
     Picture,
     add_legend,
     drawing,
@@ -52,10 +54,10 @@ def layer_map(stage: Stage, fact: str, title: str, write: Callable[[float], str]
     if not values:
         return None
     low, high = min(values.values()), max(values.values())
-    caption = f"After {stage.title}, arm with all methods. From {write(low)} to {write(high)}."
+    caption = f"The arm with all methods. From {write(low)} to {write(high)}."
     alt = f"{title}, {len(values)} layers, from {write(low)} to {write(high)}."
-    top = 1.0 if fact == "sparsity" else high
-    norm = Normalize(0.0, top if top > 0 else 1.0)
+    # equal layers get the middle colour, unequal ones the whole range of colours
+    norm = Normalize(low, high) if high > low else Normalize(low - 1, high + 1)
     placed = _placed(list(values))
     if placed is None or len({block for block, _ in placed.values()}) > 200:
         return _bars(values, title, caption, alt, norm, write)
@@ -67,11 +69,11 @@ def layer_map(stage: Stage, fact: str, title: str, write: Callable[[float], str]
             grid[rows.index(row)][blocks.index(block)] = values[name]
     with drawing(0.95 + 0.27 * len(rows)) as figure:
         axes = figure.add_subplot()
-        mesh = axes.pcolormesh(grid, cmap="cividis", norm=norm, edgecolors="#ffffff", linewidth=0.8)
-        axes.set_yticks(
-            [i + 0.5 for i in range(len(rows))], [label(row.rpartition(".")[2] or row) for row in rows]
+        mesh = axes.pcolormesh(
+            grid, cmap="cividis", norm=norm, edgecolors=PAPER, linewidth=0.8 if len(blocks) <= 16 else 0.3
         )
-        step = math.ceil(len(blocks) / 16)
+        axes.set_yticks([i + 0.5 for i in range(len(rows))], [label(row.rpartition(".")[2] or row, 18) for row in rows])
+        step = math.ceil(len(blocks) / 12)
         shown = range(0, len(blocks), step)
         axes.set_xticks([i + 0.5 for i in shown], [str(blocks[i]) for i in shown])
         axes.set(xlabel="block", ylim=(len(rows), 0))
@@ -84,11 +86,12 @@ def layer_map(stage: Stage, fact: str, title: str, write: Callable[[float], str]
                 for j, value in enumerate(line):
                     if math.isfinite(value):
                         ink = "#ffffff" if norm(value) < 0.55 else "#101418"
-                        axes.text(
-                            j + 0.5, i + 0.5, write(value), ha="center", va="center", color=ink, fontsize=8.5
-                        )
-        bar = figure.colorbar(mesh, ax=axes, format=FuncFormatter(lambda v, _: write(v)), pad=0.02, aspect=18)
-        bar.outline.set_visible(False)
+                        axes.text(j + 0.5, i + 0.5, write(value), ha="center", va="center", color=ink, fontsize=8.5)
+        if high > low:
+            bar = figure.colorbar(
+                mesh, ax=axes, ticks=MaxNLocator(4), format=FuncFormatter(lambda v, _: write(v)), pad=0.02, aspect=18
+            )
+            bar.outline.set_visible(False)
         return picture(
             figure,
             title,
@@ -118,63 +121,67 @@ def _bars(
         return picture(figure, title, caption, alt)
 
 
-_ERROR_FACTS = {"error_before": "before {}", "error": "after {}", "error_after": "after {}"}
-_STEP_STYLES = (
-    (FAINT, "o", "none"),
-    (INK, "o", INK),
-    (INK, "^", "none"),
-    (INK, "s", INK),
-    (FAINT, "D", FAINT),
-)
+_ERROR_FACTS = {"error_before": "before", "error": "after", "error_after": "after"}
+_STEP_STYLES = {"before": (FAINT, "o", "none"), "after": (INK, "o", INK)}
 
 
-def error_steps(stage: Stage) -> dict[str, dict[str, float]]:
-    """Return, for each step of a stage (``"before dsnot"``, ``"after eora"``), the error of every layer."""
+def error_steps(stage: Stage, method: str) -> dict[str, dict[str, float]]:
+    """Return the error of every layer ``"before"`` and ``"after"`` a method, as far as it tells them."""
+    layers = [layer for layer in stage.layers if layer.method == method]
     steps: dict[str, dict[str, float]] = {}
-    for method in dict.fromkeys(layer.method for layer in stage.layers):
-        for fact, text in _ERROR_FACTS.items():
-            values = _latest([layer for layer in stage.layers if layer.method == method], fact)
-            if values:
-                steps.setdefault(text.format(method or "the method"), {}).update(values)
+    for fact, step in _ERROR_FACTS.items():
+        if values := _latest(layers, fact):
+            steps.setdefault(step, {}).update(values)
     return steps
 
 
-def layer_errors(stage: Stage) -> Picture | None:
-    """Draw the error of every layer at each step of a stage: before and after stand above each other."""
-    steps = dict(list(error_steps(stage).items())[: len(_STEP_STYLES)])
+def layer_errors(stage: Stage, method: str) -> Picture | None:
+    """Draw the error of every layer before and after a method, one above the other.
+
+    Each method has a picture of its own: methods measure their error in different units.
+    """
+    steps = error_steps(stage, method)
     if not steps:
         return None
     names = list(dict.fromkeys(name for values in steps.values() for name in values))[:600]
-    with drawing(2.9 + legend_height(len(steps))) as figure:
+    with drawing(2.9 + legend_height(steps)) as figure:
         axes = figure.add_subplot()
         for i, name in enumerate(names):
             column = [values[name] for values in steps.values() if name in values]
             if len(column) > 1:
                 axes.plot([i, i], [min(column), max(column)], color=LINE, linewidth=1.2, zorder=1)
-        for (text, values), (color, marker, face) in zip(steps.items(), _STEP_STYLES, strict=False):
+        for text, values in steps.items():
+            color, marker, face = _STEP_STYLES[text]
             spots = [(i, values[name]) for i, name in enumerate(names) if name in values]
             axes.plot(
-                *zip(*spots, strict=True), linestyle="none", marker=marker, markersize=4.2, color=color,
-                markerfacecolor=face, label=label(text),
-            )  # fmt: skip
-        placed = _placed(names)
-        axes.set(
-            xlabel="layer" if placed is None else "block (its layers in order)", ylabel="error of the layer"
-        )
-        if placed is not None:
-            starts = {block: i for i, (block, _) in reversed(list(enumerate(placed[n] for n in names)))}
-            shown = sorted(starts)[:: math.ceil(len(starts) / 12)]
-            axes.set_xticks([starts[block] for block in shown], [str(block) for block in shown])
+                *zip(*spots, strict=True),
+                linestyle="none",
+                marker=marker,
+                markersize=4.2 if len(names) <= 84 else 2.4,
+                color=color,
+                markerfacecolor=face,
+                label=text,
+            )
+        _ticks_of_blocks(axes, names)
+        axes.set(ylabel=f"error {'' if len(steps) > 1 else next(iter(steps))}".strip())
         maybe_log(axes, [v for values in steps.values() for v in values.values()])
         add_legend(figure, axes)
-        means = {text: sum(values.values()) / len(values) for text, values in steps.items()}
-        told = ", ".join(f"{text} {words.figure(value)}" for text, value in means.items())
+        told = ", ".join(f"{words.figure(sum(values.values()) / len(values))} {text}" for text, values in steps.items())
         return picture(
             figure,
-            f"Error per layer in {stage.title}",
-            f"Each column is a layer, arm with all methods. Mean: {told}.",
-            f"Dot chart of the error of {len(names)} layers. Mean {told}.",
+            f"Error per layer, {method or stage.title}",
+            f"Each column is a layer, in the arm with all methods. Mean: {told}.",
+            f"Dot chart of the error of {len(names)} layers, {method or stage.title}. Mean: {told}.",
         )
+
+
+def _ticks_of_blocks(axes: Any, names: Sequence[str]) -> None:
+    placed = _placed(names)
+    axes.set(xlabel="layer" if placed is None else "block (its layers in order)")
+    if placed is not None:
+        starts = {block: i for i, (block, _) in reversed(list(enumerate(placed[n] for n in names)))}
+        shown = sorted(starts)[:: math.ceil(len(starts) / 12)]
+        axes.set_xticks([starts[block] for block in shown], [str(block) for block in shown])
 
 
 def percent(value: float) -> str:

@@ -13,6 +13,7 @@ from gnomon.reports import words
 from gnomon.reports._drawing import (
     DASHES,
     PALETTE,
+    PAPER,
     Picture,
     add_legend,
     drawing,
@@ -50,78 +51,104 @@ def _stages(run: Run, name: str, position: int) -> list[Stage]:
     return [arm.stages[position] for arm in runs_of(run, name) if position < len(arm.stages)]
 
 
+def _mean_curve(curves: Sequence[Sequence[tuple[float, float]]]) -> list[tuple[float, float]]:
+    """Average curves of several seeds at their common steps."""
+    if len(curves) == 1:
+        return list(curves[0])
+    tables = [dict(curve) for curve in curves]
+    steps = sorted(set.intersection(*(set(table) for table in tables)))
+    return [(step, sum(table[step] for table in tables) / len(tables)) for step in steps]
+
+
+def _roof(curves: Sequence[Sequence[tuple[float, float]]]) -> float | None:
+    """Return where to cut the loss axis so that the first steep steps do not flatten the rest, or None."""
+    values = [y for curve in curves for _, y in curve]
+    late = [y for curve in curves for _, y in curve[len(curve) // 6 :]]
+    low, high = min(values), max(late)
+    room = high + 0.08 * (high - low)
+    return room if len(late) > 20 and max(values) - low > 1.6 * (room - low) > 0 else None
+
+
 def loss_picture(run: Run, position: int) -> Picture | None:
-    """Draw the training loss of one stage, a line for each arm and seed, with the evaluations as points."""
+    """Draw the loss of one stage, a line for each arm (the mean over its seeds), the evaluations as points."""
     styles = arm_styles(run)
-    curves = {
-        name: [(finite(stage.loss), finite(stage.eval_loss)) for stage in _stages(run, name, position)]
-        for name in styles
-    }
-    curves = {name: [c for c in pairs if c[0] or c[1]] for name, pairs in curves.items()}
-    curves = {name: pairs for name, pairs in curves.items() if pairs}
+    curves: dict[str, tuple[list[tuple[float, float]], list[tuple[float, float]]]] = {}
+    for name in styles:
+        stages = _stages(run, name, position)
+        losses = [points for stage in stages if (points := finite(stage.loss))]
+        evaluated = [points for stage in stages if (points := finite(stage.eval_loss))]
+        curve = thinned(_mean_curve(losses)) if losses else []
+        points = _mean_curve(evaluated) if evaluated else []
+        if curve or points:
+            curves[name] = (curve or points, points)
     if not curves:
         return None
-    lows: list[str] = []
-    with drawing(2.9 + legend_height(len(curves))) as figure:
+    with drawing(3.0 + legend_height(curves)) as figure:
         axes = figure.add_subplot()
-        for name, pairs in curves.items():
-            style = styles[name]
-            for i, (loss, evaluated) in enumerate(pairs):
-                points = thinned(loss) or evaluated
-                axes.plot(
-                    *zip(*points, strict=True), color=style.color, linestyle=style.dash,
-                    alpha=1.0 if len(pairs) == 1 else 0.75, label=label(name) if i == 0 else "_",
-                )  # fmt: skip
-                if evaluated:
-                    axes.plot(
-                        *zip(*evaluated, strict=True), "o", color=style.color, markersize=3.5, label="_"
-                    )
-            first, last = ((pairs[0][0] or pairs[0][1])[k][1] for k in (0, -1))
-            lows.append(f"{name} from {words.figure(first)} to {words.figure(last)}")
+        for i, (name, (curve, points)) in enumerate(curves.items()):
+            style: dict[str, Any] = {"color": styles[name].color, "zorder": 3 - i / 100}
+            axes.plot(*zip(*curve, strict=True), linestyle=styles[name].dash, label=label(name), **style)
+            if points:
+                axes.plot(*zip(*points, strict=True), "o", markersize=3.5, label="_", **style)
         axes.set(xlabel="step", ylabel="loss (nats per token)")
-        maybe_log(axes, [y for pairs in curves.values() for c in pairs for _, y in (*c[0], *c[1])])
+        roof = _roof([curve for curve, _ in curves.values()])
+        if roof is not None:
+            floor = min(y for pair in curves.values() for points in pair for _, y in points)
+            axes.set_ylim(floor - 0.06 * (roof - floor), roof)
         add_legend(figure, axes)
         stage = next(s for name in curves for s in _stages(run, name, position))
+        told = "; ".join(
+            f"{name} from {words.figure(curve[0][1])} to {words.figure(curve[-1][1])}"
+            for name, (curve, _) in curves.items()
+        )
+        caption = "Lines: training loss."
+        if any(points for _, points in curves.values()):
+            caption += " Points: loss on the validation text."
+        if len({arm.seed for arm in run.arms}) > 1:
+            caption += " Means over the seeds."
+        if roof is not None:
+            caption += " The steep first steps run out of the picture."
         return picture(
-            figure,
-            f"Loss while running {stage.title}",
-            "Lines: training loss, one for each arm and seed. Points: loss on the validation text.",
-            f"Line chart of the loss against the step. {'; '.join(lows)}.",
+            figure, f"Loss, stage “{stage.title}”", caption, f"Line chart of the loss against the step. {told}."
         )
 
 
 def depth_picture(run: Run, position: int) -> Picture | None:
-    """Draw the variance of the hidden states behind each block, a line for each arm."""
+    """Draw the variance of the hidden states behind each block, a line for each arm (the mean over its seeds)."""
     styles = arm_styles(run)
-    lines = {name: [finite(stage.depth) for stage in _stages(run, name, position)] for name in styles}
-    lines = {name: [line for line in several if line] for name, several in lines.items()}
-    lines = {name: several for name, several in lines.items() if several}
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for name in styles:
+        found = [points for stage in _stages(run, name, position) if (points := finite(stage.depth))]
+        if found and (line := _mean_curve(found)):
+            lines[name] = line
     if not lines:
         return None
-    with drawing(2.9 + legend_height(len(lines))) as figure:
+    with drawing(2.9 + legend_height(lines)) as figure:
         axes = figure.add_subplot()
-        for name, several in lines.items():
-            for i, line in enumerate(several):
-                axes.plot(
-                    *zip(*line, strict=True), marker="o", markersize=3.5, color=styles[name].color,
-                    linestyle=styles[name].dash, label=label(name) if i == 0 else "_",
-                )  # fmt: skip
+        for i, (name, line) in enumerate(lines.items()):
+            axes.plot(
+                *zip(*line, strict=True),
+                marker="o",
+                markersize=3.5,
+                color=styles[name].color,
+                linestyle=styles[name].dash,
+                label=label(name),
+                zorder=3 - i / 100,
+            )
         axes.set(xlabel="block", ylabel="variance of the hidden states")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=9))
-        log = maybe_log(axes, [y for several in lines.values() for line in several for _, y in line])
+        log = maybe_log(axes, [y for line in lines.values() for _, y in line], factor=8.0)
         add_legend(figure, axes)
-        ends = "; ".join(
-            f"{name} from {words.figure(several[0][0][1])} to {words.figure(several[0][-1][1])}"
-            for name, several in lines.items()
+        told = "; ".join(
+            f"{name} from {words.figure(line[0][1])} to {words.figure(line[-1][1])}" for name, line in lines.items()
         )
         stage = next(s for name in lines for s in _stages(run, name, position))
         return picture(
             figure,
-            f"Variance over depth after {stage.title}",
-            "How the variance of the hidden states grows from block to block"
-            + (" (logarithmic)" if log else "")
-            + ". Runaway growth leaves the late blocks with little to do.",
-            f"Line chart of the variance of the hidden states against the block. {ends}.",
+            f"Variance over depth, stage “{stage.title}”",
+            f"How the variance of the hidden states grows from block to block{' (logarithmic)' if log else ''}. "
+            "Runaway growth leaves the late blocks with little to do.",
+            f"Line chart of the variance of the hidden states against the block. {told}.",
         )
 
 
@@ -140,9 +167,7 @@ def _spots(run: Run, name: str, metric: str) -> list[_Spot]:
         value = row.metrics.get(metric)
         if value is None or row.size is None or not finite([(row.size, value.value)]):
             continue
-        low, high = (
-            value.value if end is None or not math.isfinite(end) else end for end in (value.low, value.high)
-        )
+        low, high = (value.value if end is None or not math.isfinite(end) else end for end in (value.low, value.high))
         below, above = max(0.0, value.value - low), max(0.0, high - value.value)
         found.append(_Spot(row.size, value.value, below, above, row.title))
     return found
@@ -153,11 +178,12 @@ def size_picture(run: Run) -> Picture | None:
     metric = main_metric(run)
     styles = arm_styles(run)
     paths = {name: spots for name in styles if (spots := _spots(run, name, metric))}
-    if not paths:
+    sizes = [spot.x for spots in paths.values() for spot in spots]
+    if not sizes or max(sizes) < 1.01 * min(sizes):  # one size alone: the table says it better
         return None
-    largest = max(spot.x for spots in paths.values() for spot in spots)
+    largest = max(sizes)
     unit, bytes_each = ("GB", 1e9) if largest > 3e9 else ("MB", 1e6)
-    with drawing(3.1 + legend_height(len(paths))) as figure:
+    with drawing(3.1 + legend_height(paths)) as figure:
         axes = figure.add_subplot()
         for name, spots in paths.items():
             axes.errorbar(
@@ -174,7 +200,7 @@ def size_picture(run: Run) -> Picture | None:
                 zorder=3 if name == "all" else 2,
             )
         axes.set(xlabel=f"size ({unit})", ylabel=label(words.metric_name(metric)))
-        axes.margins(x=0.16, y=0.14)
+        axes.margins(x=0.16, y=0.2)
         maybe_log(axes, [spot.y for spots in paths.values() for spot in spots], factor=12.0)
         _annotate(axes, next(iter(paths.values())), bytes_each)
         add_legend(figure, axes)
@@ -185,7 +211,7 @@ def size_picture(run: Run) -> Picture | None:
         return picture(
             figure,
             f"Size against {words.metric_name(metric)}",
-            f"Each point is a stage, each bar its interval; the path of \u201c{next(iter(paths))}\u201d is labelled.",
+            f"Each point is a stage, each bar its interval; the stages of “{next(iter(paths))}” are named.",
             f"Scatter chart of {words.metric_name(metric)} against the size of the model. {told}.",
         )
 
@@ -205,11 +231,13 @@ def _annotate(axes: Any, spots: Sequence[_Spot], bytes_each: float) -> None:
     for spot, titles in groups:
         right = spot.x > middle
         axes.annotate(
-            label(", ".join(dict.fromkeys(titles)), 30),
+            ",\n".join(label(title, 20) for title in list(dict.fromkeys(titles))[:3]),
             (spot.x / bytes_each, spot.y),
-            xytext=(-7 if right else 7, 7),
+            xytext=(10 if right else -10, -9),
             textcoords="offset points",
             ha="right" if right else "left",
+            va="top",
+            bbox={"facecolor": PAPER, "edgecolor": "none", "alpha": 0.8, "pad": 0.5},
             fontsize=9,
         )
 
@@ -233,7 +261,7 @@ def pictures_of(run: Run) -> list[Picture]:
     found += [depth_picture(run, position) for position in positions]
     main = runs_of(run, arm_names(run)[0])[:1] if run.arms else []
     for stage in (stage for arm in main for stage in arm.stages):
-        found.append(layer_map(stage, "sparsity", f"Sparsity per layer after {stage.title}", percent))
-        found.append(layer_map(stage, "bits", f"Bits per layer after {stage.title}", lambda v: f"{v:g}"))
-        found.append(layer_errors(stage))
+        found.append(layer_map(stage, "sparsity", f"Sparsity per layer, stage “{stage.title}”", percent))
+        found.append(layer_map(stage, "bits", f"Bits per layer, stage “{stage.title}”", lambda v: f"{v:g}"))
+        found += [layer_errors(stage, method) for method in dict.fromkeys(layer.method for layer in stage.layers)]
     return [picture for picture in found if picture is not None]

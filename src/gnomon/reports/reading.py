@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gnomon.reports._fields import Fields, read_object
+from gnomon.reports._fields import Fields, clean, read_object
 
 __all__ = ["Arm", "Data", "Effect", "Layer", "Measured", "MethodUse", "Model", "Run", "Stage", "read_run"]
 
@@ -253,9 +253,7 @@ def _stage(fields: Fields, position: int) -> Stage:
             Layer(layer.text("name"), layer.text("method"), layer.numbers("facts"))
             for layer in details.children("layers")
         ),
-        depth=tuple(
-            (block, variance) for block, variance in depth if block is not None and variance is not None
-        ),
+        depth=tuple((block, variance) for block, variance in depth if block is not None and variance is not None),
         notes=tuple(details.texts("notes")),
     )
 
@@ -327,7 +325,7 @@ def quarantined_rows(run: Run, limit: int = 8) -> list[dict[str, str]]:
             if len(rows) == limit:
                 break
             if line.strip():
-                rows.append(_row(line.strip()))
+                rows.append(clean(_row(line.strip())))
     return rows
 
 

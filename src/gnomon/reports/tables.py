@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from gnomon.reports.reading import Arm, Measured, MethodUse, Run, Stage
 
-__all__ = ["Row", "arm_names", "main_metric", "metrics_of", "rows_of", "runs_of", "stage_row"]
+__all__ = ["Row", "arm_names", "main_metric", "metrics_of", "rows_of", "runs_of", "split_metrics", "stage_row"]
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,22 @@ def metrics_of(run: Run) -> list[str]:
     """Return the names of all metrics of a run, perplexity first."""
     seen = dict.fromkeys(name for arm in run.arms for stage in arm.stages for name in stage.metrics)
     return sorted(seen, key=lambda name: name != "perplexity")
+
+
+def split_metrics(run: Run, limit: int = 3) -> tuple[list[str], list[str]]:
+    """Split a run's metrics into those that stand in the stage tables and the rest.
+
+    Perplexity comes first; then those that are not the same everywhere, in the run's order, up to `limit`.
+    """
+    names = metrics_of(run)
+
+    def varies(name: str) -> bool:
+        stages = [stage for arm in run.arms for stage in arm.stages]
+        return len({stage.metrics[name].value for stage in stages if name in stage.metrics}) > 1
+
+    ranked = sorted(names, key=lambda name: (name != main_metric(run), not varies(name)))
+    chosen = ranked[:limit]
+    return [name for name in names if name in chosen], [name for name in names if name not in chosen]
 
 
 def stage_row(stage: Stage) -> Row:
@@ -110,9 +126,7 @@ def _mean(stages: Sequence[Stage]) -> Row:
         parameters=mean(lambda stage: stage.parameters),
         nonzero=mean(lambda stage: stage.nonzero),
         size=mean(lambda stage: stage.size),
-        metrics={
-            name: _range([stage.metrics[name] for stage in stages if name in stage.metrics]) for name in names
-        },
+        metrics={name: _range([stage.metrics[name] for stage in stages if name in stage.metrics]) for name in names},
         seeds=len(stages),
     )
 

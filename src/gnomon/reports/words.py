@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from datetime import datetime
 
 from gnomon.progress import duration
 from gnomon.reports.reading import Effect, Measured, MethodUse, Run
@@ -11,7 +12,7 @@ from gnomon.reports.tables import Row, main_metric, rows_of
 
 __all__ = [
     "NOT_RECORDED", "between", "bytes_", "count", "effect_sentence", "figure", "headline", "listing",
-    "metric_name", "options_of", "reading_of", "seconds_", "share", "signed",
+    "metric_name", "metric_parts", "moment", "options_of", "reading_of", "seconds_", "share", "signed",
 ]  # fmt: skip
 
 NOT_RECORDED = "–"
@@ -74,14 +75,14 @@ def _scaled(value: float, units: Sequence[str]) -> str:
 
 
 def bytes_(value: float | None) -> str:
-    """Write a size: ``bytes_(12_600_000)`` is ``"12.6 MB"`` (1 MB = 10^6 bytes)."""
+    """Write a size: ``bytes_(12_600_000)`` is ``"12.6 MB"`` (1 MB = 10^6 bytes; the space does not break)."""
     if value is None:
         return NOT_RECORDED
     if not math.isfinite(value):
         return "not finite"
     if abs(value) >= 1e18:
-        return f"{figure(value)} B"
-    return _scaled(value, (" B", " kB", " MB", " GB", " TB", " PB"))
+        return f"{figure(value)}\u00a0B"
+    return _scaled(value, ("\u00a0B", "\u00a0kB", "\u00a0MB", "\u00a0GB", "\u00a0TB", "\u00a0PB"))
 
 
 def count(value: float | None) -> str:
@@ -94,7 +95,7 @@ def count(value: float | None) -> str:
         return figure(value)
     if abs(value) < 100_000:
         return f"{value:,.0f}"
-    return _scaled(value, ("", " k", " M", " B", " T"))
+    return _scaled(value, ("", "\u00a0k", "\u00a0M", "\u00a0B", "\u00a0T"))
 
 
 def share(part: float | None, whole: float | None) -> str:
@@ -102,7 +103,7 @@ def share(part: float | None, whole: float | None) -> str:
     if part is None or not whole or not math.isfinite(part) or not math.isfinite(whole):
         return ""
     percent = 100 * part / whole
-    return f"{percent:.0f} %" if percent >= 10 or percent == 0 else f"{percent:.1f} %"
+    return f"{percent:.0f}\u00a0%" if percent >= 10 or percent == 0 else f"{percent:.1f}\u00a0%"
 
 
 def seconds_(value: float | None) -> str:
@@ -111,7 +112,17 @@ def seconds_(value: float | None) -> str:
         return NOT_RECORDED
     if not math.isfinite(value):
         return "not finite"
-    return f"{value:.1f} s" if value < 9.95 else duration(value)
+    return (f"{value:.1f} s" if value < 9.95 else duration(value)).replace(" ", "\u00a0")
+
+
+def moment(text: str) -> str:
+    """Write an ISO 8601 time as ``"2025-03-14 09:26 UTC"``; any other text as it is."""
+    try:
+        found = datetime.fromisoformat(text)
+    except ValueError:
+        return text
+    zone = "" if found.tzinfo is None else " UTC" if not found.utcoffset() else f" {found:%z}"
+    return f"{found:%Y-%m-%d %H:%M}{zone}"
 
 
 def listing(items: Iterable[str], *, joint: str = " and ") -> str:
@@ -124,6 +135,13 @@ def metric_name(name: str) -> str:
     """Write a metric's name for a heading: ``matrix-nuclear-norm.mnn`` is ``matrix nuclear norm: mnn``."""
     method, dot, inner = name.partition(".")
     return f"{method.replace('-', ' ')}: {inner}" if dot and inner else name.replace("-", " ")
+
+
+def metric_parts(name: str) -> tuple[str, str]:
+    """Split a metric's name for a table: ``matrix-nuclear-norm.mnn`` is ``("mnn", "matrix nuclear norm")``."""
+    method, dot, inner = name.partition(".")
+    plain = method.replace("-", " ")
+    return (inner.replace("_", " "), plain) if dot and inner else (plain, "")
 
 
 def options_of(method: MethodUse) -> str:
@@ -146,18 +164,17 @@ def reading_of(effect: Effect) -> str:
     Returns
     -------
     str
-        ``"helps"`` or ``"hurts"`` where the interval lies on one side of zero and the metric has a known
-        good direction, ``"raises it"`` or ``"lowers it"`` where it has none, ``"within the spread"`` where the
-        interval holds zero, ``"no spread measured"`` without an interval, ``"not measured"`` without a difference.
+        ``"helps"`` or ``"hurts"`` where the interval lies on one side of zero and the metric has a known good
+        direction, ``"raises it"`` or ``"lowers it"`` where it has none; ``"within the spread"`` where the interval
+        holds zero, ``"no difference"`` where it is zero alone; ``"no spread measured"`` without an interval;
+        ``"not measured"`` without a difference.
     """
     if effect.difference is None or not math.isfinite(effect.difference):
         return "not measured"
-    if (
-        effect.low is None
-        or effect.high is None
-        or not (math.isfinite(effect.low) and math.isfinite(effect.high))
-    ):
+    if effect.low is None or effect.high is None or not (math.isfinite(effect.low) and math.isfinite(effect.high)):
         return "no spread measured"
+    if effect.low == effect.high == 0:
+        return "no difference"
     if effect.low <= 0 <= effect.high:
         return "within the spread"
     good = direction(effect.metric)
@@ -172,17 +189,17 @@ def effect_sentence(effect: Effect) -> str:
     reading = reading_of(effect)
     if reading == "not measured":
         return f"{name}: its effect on {metric} was not measured."
-    amount = abs(effect.difference or 0.0)
-    span = between(effect.low, effect.high, sign=True)
+    difference = effect.difference or 0.0
+    if reading == "no difference":
+        return f"{name} made no difference in {metric}."
     if reading == "within the spread":
-        return (
-            f"{name}: a difference of {signed(effect.difference)} in {metric} is within the spread ({span})."
-        )
-    verb = "raised" if (effect.difference or 0.0) > 0 else "lowered"
+        span = between(effect.low, effect.high, sign=True)
+        return f"{name}: a difference of {signed(difference)} in {metric} is within the spread ({span})."
+    changed = f"{name} {'raised' if difference > 0 else 'lowered'} {metric} by {figure(abs(difference))}"
     if reading == "no spread measured":
-        return f"{name} {verb} {metric} by {figure(amount)}; no spread was measured, so this may be chance."
-    tail = {"helps": ": it helps", "hurts": ": it hurts"}.get(reading, "")
-    return f"{name} {verb} {metric} by {figure(amount)} (difference {span}){tail}."
+        return f"{changed}; no spread was measured, so this may be chance."
+    low, high = sorted((abs(effect.low or 0.0), abs(effect.high or 0.0)))
+    return f"{changed} ({between(low, high)})."
 
 
 _DEEDS = {
@@ -192,6 +209,10 @@ _DEEDS = {
     "merge": ("merged it", "merging"),
     "evaluate": ("evaluated it", "evaluation"),
 }
+
+
+def _article(noun: str) -> str:
+    return f"{'an' if noun[:1].lower() in 'aeiou' else 'a'} {noun}"
 
 
 def _deed(row: Row) -> str:
@@ -216,12 +237,23 @@ def headline(run: Run) -> tuple[str, str]:
     return _did(run, rows), _outcome(run, rows)
 
 
+def _trained_tokens(run: Run) -> int | None:
+    """Return the tokens the first training stage of the recipe asks for; the data may hold more or fewer."""
+    stages = run.recipe.get("stages")
+    for stage in stages if isinstance(stages, list) else ():
+        train = stage.get("train") if isinstance(stage, dict) else None
+        tokens = train.get("tokens") if isinstance(train, dict) else None
+        if isinstance(tokens, int) and 0 < tokens < 2**63:
+            return tokens
+    return None
+
+
 def _did(run: Run, rows: Sequence[Row]) -> str:
-    model = run.model.family or run.model.source or "a model"
+    model = f"{_article(run.model.family)} model" if run.model.family else run.model.source or "a model"
     if run.model.parameters:
-        model = f"{model} with {count(run.model.parameters)} parameters"
-    text = f" on {count(run.data.train_tokens)} tokens" if run.data.train_tokens else ""
-    text += f" of {run.data.source}" if text and run.data.source else ""
+        model = f"{model} ({count(run.model.parameters)} parameters)"
+    tokens = _trained_tokens(run)
+    text = " of ".join(part for part in (f"{count(tokens)} tokens" if tokens else "", run.data.source) if part)
     ends = {
         "failed": " It failed before its end.",
         "running": " It was still running when this page was written.",
@@ -235,10 +267,8 @@ def _did(run: Run, rows: Sequence[Row]) -> str:
     first = next((i for i, row in enumerate(rows) if row.kind == "train"), None)
     if first is not None and text:
         verb, _, methods = deeds[first].partition(" with ")
-        deeds[first] = f"{verb}{text}" + (f" with {methods}" if methods else "")
-    return f"{start}, {listing(deeds, joint=', and ' if len(deeds) > 2 else ' and ')}." + ends.get(
-        run.status, ""
-    )
+        deeds[first] = f"{verb} on {text}" + (f" with {methods}" if methods else "")
+    return f"{start}, {listing(deeds, joint=', and ' if len(deeds) > 2 else ' and ')}." + ends.get(run.status, "")
 
 
 def _outcome(run: Run, rows: Sequence[Row]) -> str:

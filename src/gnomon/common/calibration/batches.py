@@ -25,9 +25,7 @@ def _rows(item: Any, row: int) -> Iterator[tuple[Tensor, Tensor | None]]:
         mask = item.get("attention_mask")
         item = item["input_ids"]
     if isinstance(item, str):
-        raise DataError(
-            f"Calibration item {row} is text. Tokenize it first: tokenizer(text, return_tensors='pt')."
-        )
+        raise DataError(f"Calibration item {row} is text. Tokenize it first: tokenizer(text, return_tensors='pt').")
     try:
         ids = torch.as_tensor(item)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -66,9 +64,7 @@ def _items(calibration: Any) -> Iterator[Any]:
         yield calibration
     elif isinstance(calibration, Mapping):
         yield calibration
-    elif isinstance(calibration, str) or not (
-        hasattr(calibration, "__iter__") or hasattr(calibration, "__getitem__")
-    ):
+    elif isinstance(calibration, str) or not (hasattr(calibration, "__iter__") or hasattr(calibration, "__getitem__")):
         raise DataError(
             f"Calibration data is a {type(calibration).__name__}. Give a LongTensor (n, tokens), a dict with "
             "'input_ids', or an iterable of such dicts (a DataLoader, a Dataset)."

@@ -132,8 +132,7 @@ class LayerInputs:
         x = x.detach() if x.dim() == 3 else x.detach().unsqueeze(0)
         if x.dim() != 3 or x.shape[-1] != self.features:
             raise MethodError(
-                f"{layer}: inputs of shape {tuple(x.shape)} do not end in the {self.features} features "
-                "seen before."
+                f"{layer}: inputs of shape {tuple(x.shape)} do not end in the {self.features} features seen before."
             )
         if mask is not None:
             mask = mask.bool() if mask.dim() == 2 else mask.bool()[None]

@@ -55,9 +55,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _replaced_forwards(
-    blocks: nn.ModuleList, make: Callable[[int, Any], Callable[..., Any]]
-) -> Iterator[None]:
+def _replaced_forwards(blocks: nn.ModuleList, make: Callable[[int, Any], Callable[..., Any]]) -> Iterator[None]:
     own = [block.__dict__.get("forward") for block in blocks]
     for index, block in enumerate(blocks):
         block.__dict__["forward"] = make(index, block.forward)
@@ -164,8 +162,7 @@ class _Collector:
     @contextmanager
     def attached(self) -> Iterator[None]:
         handles = [
-            layer.register_forward_pre_hook(self._hook(name), with_kwargs=True)
-            for name, layer in self.layers.items()
+            layer.register_forward_pre_hook(self._hook(name), with_kwargs=True) for name, layer in self.layers.items()
         ]
         try:
             yield

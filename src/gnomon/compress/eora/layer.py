@@ -60,21 +60,26 @@ class InputSpace:
 
 def _largest_eigenvalue(gram: Tensor, iterations: int = 24) -> float:
     """Estimate the largest eigenvalue from below by power iteration (in^2 per step) from a private random start."""
-    generator = torch.Generator().manual_seed(0)
-    vector = torch.randn(gram.shape[0], generator=generator, dtype=torch.float64).to(gram)
-    value = 0.0
+    start = torch.randn(gram.shape[0], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    vector, value = start.to(gram), 0.0
     for _ in range(iterations):
         vector = gram @ vector
         value = float(torch.linalg.vector_norm(vector))
-        if value == 0.0:
-            return 0.0
-        vector = vector / value
+        vector = vector / max(value, 1e-300)
     return value
 
 
-def input_space(
-    gram: Float[Tensor, "in in"], *, exact: bool = True, cutoff: float | None = None
-) -> InputSpace:
+def _smallest_seen(gram: Tensor, wide: Tensor, cutoff: float | None) -> float:
+    """Return the eigenvalue at or below which a direction counts as never seen."""
+    if cutoff is not None:
+        return cutoff * _largest_eigenvalue(wide)
+    size = gram.shape[0]
+    summing = 16 * torch.finfo(gram.dtype).eps / size**0.5
+    solving = size * torch.finfo(wide.dtype).eps
+    return float(wide.trace()) * max(summing, solving)
+
+
+def input_space(gram: Float[Tensor, "in in"], *, exact: bool = True, cutoff: float | None = None) -> InputSpace:
     """Factor the Gram matrix of a layer's inputs.
 
     Parameters
@@ -85,9 +90,10 @@ def input_space(
         True diagonalises C in float64. False tries a Cholesky factorisation first, which holds whenever all
         eigenvalues are above the cut-off, and diagonalises only where it fails.
     cutoff : float, optional
-        Directions with an eigenvalue below this part of the largest one count as never seen. Default
-        min(1, in * eps) with eps of the dtype of `gram`: what rounding alone can leave in a statistic kept in
-        that dtype.
+        Directions with an eigenvalue below this part of the largest one count as never seen. The default is an
+        absolute bound on what rounding leaves in a sum kept in the dtype of `gram`: 16 eps tr(C) / sqrt(in), and
+        never below in * eps of float64 * tr(C). (The rule in * eps of float32 of the largest eigenvalue, common
+        elsewhere, drops most directions of a wide layer whose inputs have outliers.)
 
     Returns
     -------
@@ -99,21 +105,21 @@ def input_space(
         When the matrix is not square and symmetric, or holds values that are not finite.
     """
     _check_gram(gram)
-    size = gram.shape[0]
-    part = min(1.0, size * torch.finfo(gram.dtype).eps) if cutoff is None else float(cutoff)
-    if not 0.0 <= part < 1.0 and cutoff is not None:
+    if cutoff is not None and not 0.0 <= cutoff < 1.0:
         raise MethodError(f"cutoff = {cutoff}: a part of the largest eigenvalue, from 0 to below 1, is allowed.")
-    wide = gram.double() if gram.device.type != "mps" else gram.float()
+    size = gram.shape[0]
+    wide = (gram.cpu() if gram.device.type == "mps" else gram).double()
+    least = _smallest_seen(gram, wide, cutoff)
+    if not bool(wide.any()):
+        return InputSpace(wide[:, :0], wide[:0], 0)
     if not exact:
-        top = _largest_eigenvalue(wide)
         shifted = wide.clone()
-        shifted.diagonal().sub_(part * top)
-        if top > 0.0 and int(torch.linalg.cholesky_ex(shifted).info) == 0:
-            del shifted
+        shifted.diagonal().sub_(least)
+        if int(torch.linalg.cholesky_ex(shifted).info) == 0:
             root, failed = torch.linalg.cholesky_ex(wide)
             if int(failed) == 0:
                 return InputSpace(root, None, size)
-    root, inverse = linalg.whitening(wide, cutoff=part)
+    root, inverse = linalg.whitening(wide, cutoff=least)
     rank = root.shape[1]
     return InputSpace(root, None if rank == size else inverse, rank)
 
@@ -270,7 +276,9 @@ def eora_layer(
         space = InputSpace(None, None, delta.shape[1])
     elif method == "act_s":
         if abs_mean is None:
-            raise MethodError("method = 'act_s' weighs inputs by their mean absolute value: pass abs_mean of shape (in,).")
+            raise MethodError(
+                "method = 'act_s' weighs inputs by their mean absolute value: pass abs_mean of shape (in,)."
+            )
         space = diagonal_space(abs_mean)
     else:
         if gram is None:

@@ -1,0 +1,105 @@
+"""GaLore: Adam in the low-rank coordinates, projected back; Fira's base and its baseline."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from gnomon.common.projected_groups import check_hyperparameters
+from gnomon.common.projected_optimizer import ProjectedOptimizer
+
+__all__ = ["GaLoreAdamW"]
+
+
+class GaLoreAdamW(ProjectedOptimizer):
+    """AdamW whose groups with a ``rank`` keep their moments in a projection of the gradient (GaLore, ICML 2024).
+
+    The arithmetic is that of the Hugging Face AdamW GaLore was released with: eps is added before the bias
+    correction and decoupled weight decay comes after the update.
+
+    Parameters
+    ----------
+    params : iterable of parameters, (name, parameter) pairs or groups
+        Groups from `low_rank_groups`, or dicts with ``rank``, ``update_proj_gap``, ``alpha`` (or GaLore's
+        ``scale``), ``proj_type``.
+    lr : float or Tensor, default 1e-3
+    betas : (float, float), default (0.9, 0.999)
+    eps : float, default 1e-6
+    weight_decay : float, default 0
+    correct_bias : bool, default True
+        Adam's bias correction.
+    bits : {32, 8}, default 32
+        8 keeps moments of 4096 entries and more in blocks of 8-bit values; the projector stays in full precision.
+    foreach : bool, optional
+        Step the groups without a rank by torch's multi-tensor operations. Default: yes.
+    maximize : bool, default False
+    seed : int, default 0
+        Of the random directions that a randomised refresh adds.
+
+    Raises
+    ------
+    MethodError
+        When a value is out of range or a projected parameter is no matrix.
+
+    Examples
+    --------
+    >>> layer = torch.nn.Linear(20, 12)
+    >>> optimizer = GaLoreAdamW([{"params": [layer.weight], "rank": 4}, {"params": [layer.bias]}], lr=0.01)
+    >>> layer(torch.ones(1, 20)).sum().backward()
+    >>> optimizer.step()
+    >>> optimizer.state[layer.weight]["exp_avg"].shape
+    torch.Size([4, 20])
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+        *,
+        correct_bias: bool = True,
+        bits: int = 32,
+        foreach: bool | None = None,
+        maximize: bool = False,
+        seed: int = 0,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": tuple(betas),
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "correct_bias": correct_bias,
+            "bits": bits,
+            "foreach": foreach,
+            "maximize": maximize,
+            "seed": seed,
+        }
+        super().__init__(params, defaults)
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        keys = ("lr", "betas", "eps", "weight_decay", "bits")
+        check_hyperparameters(**{key: group[key] for key in keys})
+        super()._check_group(group)
+
+    def _moments(self, group: dict[str, Any]) -> dict[str, bool]:
+        return {"exp_avg": True, "exp_avg_sq": False}
+
+    def _directions(self, group: dict[str, Any], moments: dict[str, list[Tensor]], grads: list[Tensor]) -> list[Tensor]:
+        m, v = moments["exp_avg"], moments["exp_avg_sq"]
+        beta1, beta2 = group["betas"]
+        torch._foreach_lerp_(m, grads, 1 - beta1)
+        torch._foreach_mul_(v, beta2)
+        torch._foreach_addcmul_(v, grads, grads, value=1 - beta2)
+        roots = list(torch._foreach_sqrt(v))
+        torch._foreach_add_(roots, group["eps"])
+        return [torch.div(a, b, out=b) for a, b in zip(m, roots, strict=True)]
+
+    def _step_size(self, group: dict[str, Any], step: int) -> float:
+        lr, (beta1, beta2) = float(group["lr"]), group["betas"]
+        return lr * math.sqrt(1 - beta2**step) / (1 - beta1**step) if group["correct_bias"] else lr

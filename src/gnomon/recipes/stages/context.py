@@ -1,0 +1,106 @@
+"""What a stage is given beside the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gnomon import catalog
+from gnomon.errors import GnomonError, MethodError, ModelError
+from gnomon.progress import Progress
+from gnomon.recipes.options import Lazy, bind
+from gnomon.recipes.schema import MethodUse
+
+__all__ = ["Prepared", "StageContext"]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The data of a run: token streams, validation texts and the tokenizer."""
+
+    tokenizer: Any
+    train_tokens: torch.Tensor
+    valid_tokens: torch.Tensor
+    valid_texts: list[str]
+    context: int
+    facts: Mapping[str, Any]
+
+
+@dataclass
+class StageContext:
+    """One stage of one arm with one seed.
+
+    Attributes
+    ----------
+    data : Prepared
+    seed : int
+    work : Path
+        The stage's own folder, for checkpoints.
+    label : str
+        For progress: arm, seed and stage.
+    progress : Progress
+    event : callable
+        Takes a dict and appends it to the run's ``metrics.jsonl``.
+    reload : callable
+        Loads another copy of the model as it was at the start of the stage.
+    """
+
+    data: Prepared
+    seed: int
+    work: Path
+    label: str
+    progress: Progress
+    event: Callable[[dict[str, Any]], None]
+    reload: Callable[[], Any]
+    warnings: list[str] = field(default_factory=list)
+
+    def calibration(self, rows: int) -> torch.Tensor:
+        """Return `rows` training windows as int64 (rows, context), drawn with the run's seed."""
+        from gnomon.common.corpora import windows
+
+        all_rows = windows(self.data.train_tokens, self.data.context)
+        generator = torch.Generator().manual_seed(self.seed)
+        return all_rows[torch.randperm(len(all_rows), generator=generator)[:rows]]
+
+    def apply(self, use: MethodUse, model: Any, offered: Mapping[str, Any]) -> tuple[Any, list[dict[str, Any]]]:
+        """Call a method's entry on the model by parameter name; return its result and the facts per layer."""
+        layers: list[dict[str, Any]] = []
+        with self.progress.task(f"{self.label} {use.uses}", _layer_count(model)) as task:
+
+            def on_layer(name: str, facts: Mapping[str, float]) -> None:
+                plain = {k: float(v) for k, v in facts.items()}
+                layers.append({"name": name, "method": use.uses, "facts": plain})
+                task.advance(note=name)
+
+            everything = {
+                "model": model,
+                "compressed_model": model,
+                "model_or_config": model,
+                "original_model": Lazy(self.reload),
+                "tokenizer": self.data.tokenizer,
+                "seed": self.seed,
+                "on_layer": on_layer,
+                **offered,
+            }
+            entry = catalog.load(use.uses)
+            try:
+                result = entry(**bind(entry, everything, use.with_))
+            except GnomonError as error:
+                if isinstance(error, (MethodError, ModelError)):
+                    raise type(error)(f"{use.uses}: {error}") from error
+                raise
+            task.update(task.total)
+        return (model if result is None else result), layers
+
+
+def _layer_count(model: Any) -> int:
+    from gnomon.common.layers import decoder_blocks, linear_layers
+
+    try:
+        return sum(len(linear_layers(block)) for block in decoder_blocks(model)) or 1
+    except ModelError:
+        return 1

@@ -1,0 +1,86 @@
+"""Files are whole or absent; memory and environment are measured."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+import torch
+
+from gnomon.common.environment import environment
+from gnomon.common.files import atomic_folder, cache_dir, content_hash, read_json, write_json, write_text
+from gnomon.common.memory import PeakMemory, tensor_bytes
+
+
+def test_write_text_replaces_whole_and_keeps_the_old_file_on_failure(tmp_path, monkeypatch):
+    path = tmp_path / "deep" / "a.txt"
+    write_text(path, "one")
+    write_text(path, "two")
+    assert path.read_text() == "two"
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        write_text(path, "three")
+    assert path.read_text() == "two"
+    assert [p.name for p in path.parent.iterdir()] == ["a.txt"]
+
+
+def test_json_refuses_nan_and_round_trips(tmp_path):
+    write_json(tmp_path / "a.json", {"x": [1, 2.5, "ü"]})
+    assert read_json(tmp_path / "a.json") == {"x": [1, 2.5, "ü"]}
+    with pytest.raises(ValueError, match="JSON compliant"):
+        write_json(tmp_path / "a.json", {"x": float("nan")})
+    assert json.loads((tmp_path / "a.json").read_text())["x"][1] == 2.5
+
+
+def test_atomic_folder_is_all_or_nothing(tmp_path):
+    with atomic_folder(tmp_path / "f") as part:
+        (part / "a").write_text("1")
+    with pytest.raises(RuntimeError), atomic_folder(tmp_path / "f") as part:
+        (part / "a").write_text("2")
+        raise RuntimeError
+    assert (tmp_path / "f" / "a").read_text() == "1"
+    with atomic_folder(tmp_path / "f") as part:
+        (part / "b").write_text("3")
+    assert sorted(p.name for p in (tmp_path / "f").iterdir()) == ["b"]
+    assert [p.name for p in tmp_path.iterdir()] == ["f"]
+
+
+def test_content_hash_ignores_key_order_only():
+    assert content_hash({"a": 1, "b": 2}) == content_hash({"b": 2, "a": 1})
+    assert content_hash({"a": 1}) != content_hash({"a": 2})
+
+
+def test_cache_dir_follows_the_environment(monkeypatch, tmp_path):
+    monkeypatch.setenv("GNOMON_CACHE", str(tmp_path))
+    assert cache_dir() == tmp_path
+    monkeypatch.delenv("GNOMON_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_dir() == tmp_path / "gnomon"
+
+
+def test_peak_memory_sees_an_allocation_that_is_gone_at_the_end():
+    with PeakMemory(every=0.001) as memory:
+        block = torch.ones(30_000_000)
+        block.add_(1)
+        torch.mm(torch.ones(600, 600), torch.ones(600, 600))
+        del block
+    assert memory.added > 80_000_000
+
+
+def test_tensor_bytes_counts_shared_storage_once():
+    weight = torch.zeros(10, 10)
+    assert tensor_bytes({"a": weight, "b": [weight, torch.zeros(5, dtype=torch.int8)]}) == 405
+    assert tensor_bytes(torch.nn.Linear(3, 2)) == 4 * 8
+
+
+def test_environment_says_what_was_measured_on():
+    found = environment()
+    assert found["torch"] == torch.__version__ or found["torch"] in torch.__version__
+    assert found["cores"] >= 1
+    assert found["memory_bytes"] > 1 << 28
+    json.dumps(found)
