@@ -46,7 +46,7 @@ def test_show_prints_the_card(capsys):
         assert part in out
     assert json.loads(call(capsys, "show", "fira", "--json")[1])["paper"]["arxiv"] == "2410.01623"
     code, _, err = call(capsys, "show", "fria")
-    assert (code, "Did you mean 'fira'?" in err) == (2, True)
+    assert (code, "Did you mean 'fira'" in err) == (2, True)
 
 
 def test_version_help_and_wrong_usage(capsys):

@@ -12,7 +12,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from gnomon.common.calibration import LayerInputs
-from gnomon.compress.dsnot import dsnot_layer, magnitude_mask, scaled_cycles, scaled_threshold, wanda_mask
+from gnomon.compress.dsnot import (
+    dsnot_layer,
+    magnitude_mask,
+    scaled_cycles,
+    scaled_threshold,
+    selection,
+    wanda_mask,
+)
 from gnomon.errors import MethodError
 
 
@@ -256,7 +263,7 @@ def test_permuting_rows_permutes_the_result_and_chunks_do_not_show(monkeypatch: 
     order = torch.randperm(40, generator=torch.Generator().manual_seed(1))
     assert torch.equal(wanda_mask(weight[order], inputs, 0.5), keep[order])
     assert torch.equal(dsnot_layer(weight[order], inputs, keep[order]), refined[order])
-    monkeypatch.setattr("gnomon.compress.dsnot.selection._CHUNK", 200)
+    monkeypatch.setattr(selection, "_CHUNK", 200)
     assert torch.equal(wanda_mask(weight, inputs, 0.5), keep)
     assert torch.equal(dsnot_layer(weight, inputs, keep), refined)
 

@@ -442,5 +442,5 @@ def test_merging_refuses_what_it_cannot_do():
     with pytest.raises(MethodError, match=r"'model.layers.0.self_attn.q_proj': requantise returned .* \(64, 63\)"):
         requantise_after_merge(model, lambda name, w: w[:, 1:])
     model.merge_adapter()
-    with pytest.raises(ModelError, match="merged already.*unmerge_adapter"):
+    with pytest.raises(ModelError, match=r"merged already.*unmerge_adapter"):
         requantise_after_merge(model, lambda name, w: w)

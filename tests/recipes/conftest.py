@@ -6,7 +6,6 @@ import copy
 from pathlib import Path
 
 import pytest
-import torch
 
 from gnomon.common import corpora
 
@@ -56,7 +55,3 @@ def recipe(small_recipe) -> dict:
     """The same; change it as you like."""
     return copy.deepcopy(small_recipe)
 
-
-@pytest.fixture(autouse=True)
-def _repeatable_threads():
-    torch.set_num_threads(1)

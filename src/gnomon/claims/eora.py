@@ -64,8 +64,9 @@ def _calibration(seed: int) -> Tensor:
     return _draw(windows(_bench().train_tokens, _CONTEXT), _SEQUENCES, seed)
 
 
-def _held_out(scale: str) -> Tensor:
-    return _draw(windows(_bench().valid_tokens, _CONTEXT), _HELD_OUT[scale], 12345)
+def _held_out(scale: str, seed: int) -> Tensor:
+    """Return other windows for every seed, so that the spread over seeds holds the choice of the test text too."""
+    return _draw(windows(_bench().valid_tokens, _CONTEXT), _HELD_OUT[scale], 1000 + seed)
 
 
 @torch.no_grad()
@@ -117,7 +118,7 @@ def every_layer(arm: str, seed: int, scale: str) -> float:
 )
 def quantised(arm: str, seed: int, scale: str) -> float:
     """Measure the divergence after rounding every row to 3 bits, with a rank-4 adapter of each kind."""
-    return _divergence(_compensated(_rounded, arm, 4, _calibration(seed)), _held_out(scale))
+    return _divergence(_compensated(_rounded, arm, 4, _calibration(seed)), _held_out(scale, seed))
 
 
 @experiment(
@@ -127,7 +128,7 @@ def quantised(arm: str, seed: int, scale: str) -> float:
 )
 def pruned(arm: str, seed: int, scale: str) -> float:
     """Measure the divergence after 2:4 magnitude pruning, with adapters of rank 32 (a sixth of the width)."""
-    return _divergence(_compensated(_two_of_four, arm, 32, _calibration(seed)), _held_out(scale))
+    return _divergence(_compensated(_two_of_four, arm, 32, _calibration(seed)), _held_out(scale, seed))
 
 
 @lru_cache(maxsize=4)
@@ -150,7 +151,7 @@ def task_text(arm: str, seed: int, scale: str) -> float:
     if arm != "none":
         calibration = _draw(_task_rows("train", arm == "task"), _SEQUENCES, seed)
         model = eora(model, _bench().model, calibration, 16)
-    rows = _draw(_task_rows("valid", True), _HELD_OUT[scale], 12345)
+    rows = _draw(_task_rows("valid", True), _HELD_OUT[scale], 1000 + seed)
     with torch.no_grad():
         right = [
             (model(input_ids=part).logits[:, :-1].argmax(-1) == part[:, 1:]).float().mean(-1) for part in rows.split(16)

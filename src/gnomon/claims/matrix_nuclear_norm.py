@@ -30,7 +30,7 @@ from gnomon.evals.matrix_nuclear_norm import (
 CONTEXT = 96
 WIDTHS = {"width_32": 32, "width_64": 64, "width_128": 128}
 # steps, sequences a batch, texts of the probe
-SCALES = {"small": (250, 16, 60), "medium": (1000, 32, 200), "large": (5000, 64, 1000)}
+SCALES = {"small": (200, 16, 60), "medium": (1000, 32, 200), "large": (5000, 64, 1000)}
 # tokens, features
 SIZES = {"small": (512, 2048), "medium": (2048, 2048), "large": (2048, 4096)}
 
@@ -45,8 +45,9 @@ def _corpus() -> tuple[Tensor, list[str]]:
 def _train(model: PreTrainedModel, seed: int, scale: str) -> PreTrainedModel:
     steps, rows, _ = SCALES[scale]
     tokens, _ = _corpus()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps, pct_start=0.1)
+    peak = min(3e-3, 0.256 / model.config.hidden_size)  # 3e-3 makes width 128 worse than width 64
+    optimizer = torch.optim.AdamW(model.parameters(), lr=peak, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peak, total_steps=steps, pct_start=0.1)
     generator = torch.Generator().manual_seed(seed)
     for _ in range(steps):
         starts = torch.randint(0, len(tokens) - CONTEXT, (rows,), generator=generator)

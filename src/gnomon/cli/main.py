@@ -137,11 +137,13 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         code: Any = app(arguments, standalone_mode=False)
     except KeyboardInterrupt:
-        _fail("Interrupted. What was finished is kept; run the same command again to go on.", 130)
+        code = 130
     except GnomonError as error:
         _fail(f"gnomon: {error}", 2)
     except Exception as error:  # the last place that can turn a fault into a message
         _fail(*_explain(error))
+    if code == 130:  # typer turns an interrupt into this code
+        _fail("Interrupted. What was finished is kept; run the same command again to go on.", 130)
     sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -152,8 +154,6 @@ def _explain(error: Exception) -> tuple[str, int]:
 
     if hasattr(error, "format_message"):  # click's own usage errors
         return f"gnomon: {error.format_message()}\nSee gnomon --help.", 2
-    if type(error).__name__ == "Abort":
-        return "Interrupted. What was finished is kept; run the same command again to go on.", 130
     text = str(error)
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     if full or any(f"os error {code}" in text for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)):

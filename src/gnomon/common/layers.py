@@ -26,7 +26,7 @@ __all__ = [
     "weight_of",
 ]
 
-_BLOCK_PATHS = ("layers", "h", "blocks", "decoder.layers", "block")
+_BLOCK_PATHS = ("layers", "h", "blocks", "decoder.layers", "encoder.layers", "encoder.layer", "block")
 _ATTENTION_NAMES = ("self_attn", "attention", "attn", "self_attention")
 _MLP_NAMES = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "fc")
 

@@ -263,7 +263,8 @@ def save_model(model: nn.Module, folder: str | Path, tokenizer: PreTrainedTokeni
             tie = getattr(base, "_tied_weights_keys", None) or {}
             state = {k: v for k, v in _base_state(base).items() if not (base.config.tie_word_embeddings and k in tie)}
             base.save_pretrained(part, state_dict=state)
-            model.save_pretrained(part / _ADAPTER)  # type: ignore[operator]
+            # Embeddings are saved with the base; asking for them would look the base up on the hub.
+            model.save_pretrained(part / _ADAPTER, save_embedding_layers=False)  # type: ignore[operator]
         if tokenizer is not None:
             tokenizer.save_pretrained(part)
     return folder

@@ -9,12 +9,15 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
+from gnomon import catalog
 from gnomon.common import corpora, models
 from gnomon.common.files import content_hash
 from gnomon.common.text import train_tokenizer
 from gnomon.errors import ConfigError, DataError, MethodError, ModelError
+from gnomon.recipes.options import BUILTIN_METRICS
 from gnomon.recipes.schema import SIZES, DataSpec, ModelSpec, Recipe, TrainStage
 from gnomon.recipes.stages.context import Prepared
+from gnomon.recipes.stages.train import build_optimizer
 
 __all__ = ["build_model", "check_methods", "prepare_data", "source_hash"]
 
@@ -110,6 +113,7 @@ def build_model(spec: ModelSpec, *, vocab_size: int, context: int, seed: int, me
             raise ModelError(
                 f"model.path: {spec.path!r} is no model. Give a folder with config.json, or a hub id."
             ) from error
+        config._name_or_path = ""  # methods take a name for the sign of trained weights
         cls = models._model_class(config)
         with device, torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -151,15 +155,13 @@ def check_methods(recipe: Recipe, model: Any) -> None:
     ConfigError
         With the place in the recipe and what the method says.
     """
-    from gnomon import catalog
-    from gnomon.recipes.options import BUILTIN_METRICS
-
     for index, (kind, stage) in enumerate(recipe.steps):
         for use in getattr(stage, "methods", []) or getattr(stage, "metrics", []):
-            check = None if use.uses in BUILTIN_METRICS else catalog.get(use.uses).recipe.get("check")
-            if check is None:
-                continue
+            card = None if use.uses in BUILTIN_METRICS else catalog.get(use.uses)
             try:
-                catalog.resolve(check)(model, **use.with_)
+                if card is not None and "check" in card.recipe:
+                    catalog.resolve(card.recipe["check"])(model, **use.with_)
+                elif card is not None and card.plugs == "optimizer":
+                    build_optimizer(stage, model)  # its state is made at the first step, so this costs nothing
             except (MethodError, ModelError) as error:
                 raise ConfigError(f"stages.{index}.{kind} ({use.uses}): {error}") from error

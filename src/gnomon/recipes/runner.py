@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -216,6 +218,20 @@ def _run_arm(state: _Run, arm: Arm, seed: int) -> None:
     state.publish()
 
 
+@contextmanager
+def _noted_warnings(notes: list[str]) -> Iterator[None]:
+    """Put gnomon's own warnings into the run, once each; those of other libraries go on their way."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield
+    for found in caught:
+        if found.category.__module__.startswith("gnomon"):
+            if str(found.message) not in notes:
+                notes.append(str(found.message))
+        else:
+            warnings.warn_explicit(found.message, found.category, found.filename, found.lineno)
+
+
 def _label(state: _Run, arm: Arm, seed: int, kind: str) -> str:
     parts = [] if arm.name == "all" and not state.recipe.ablate else [arm.name]
     if state.recipe.seeds > 1:
@@ -261,7 +277,7 @@ def _compute(
     if kind == "train" or ranks.is_main_process:
         context = _context(state, arm, seed, kind, key, source)
         started = time.monotonic()
-        with PeakMemory() as memory:
+        with PeakMemory() as memory, _noted_warnings(state.run["warnings"]):
             model, details = run_stage(kind, stage, source(), context)
         if ranks.is_main_process:
             if kind == "train":
@@ -348,7 +364,8 @@ def _measure(
         answer = state.store.measured(key, question)
         if answer is None and PartialState().is_main_process:
             model = model if model is not None else source()
-            answer = evaluate(stage, model, _context(state, arm, seed, "evaluate", key, source))
+            with _noted_warnings(state.run["warnings"]):
+                answer = evaluate(stage, model, _context(state, arm, seed, "evaluate", key, source))
             state.store.keep_measured(key, question, answer)
         PartialState().wait_for_everyone()
         answer = answer or state.store.measured(key, question) or {"metrics": {}, "windows": {}}

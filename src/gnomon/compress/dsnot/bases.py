@@ -32,7 +32,11 @@ def check_weight(weight: Tensor, inputs: LayerInputs | None = None) -> None:
             f"The weight has dtype {weight.dtype}: it is quantised. Pruning works on float16, bfloat16, float32 or "
             "float64; dequantise the model first (model.dequantize()) or prune before quantising."
         )
-    if weight.numel() and not weight.is_meta and not math.isfinite(sum(float(end.abs()) for end in weight.detach().aminmax())):
+    if (
+        weight.numel()
+        and not weight.is_meta
+        and not math.isfinite(sum(float(end.abs()) for end in weight.detach().aminmax()))
+    ):
         raise MethodError("The weight holds NaN or infinite values. Check the checkpoint.")
     if inputs is None:
         return

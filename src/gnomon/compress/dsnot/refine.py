@@ -89,14 +89,14 @@ def _lists(weight: Tensor, inputs: LayerInputs, keep: Tensor, k: int, power: flo
         gone = contribution * (~keep[part]).to(dtype)
         errors.append(gone.sum(1))
         growing = gone.div_(variance)
-        found[0].append(_Candidates.smallest(-growing, contribution, k, below=0.0, ties="high"))
         found[1].append(_Candidates.smallest(growing, contribution, k, below=0.0))
+        found[0].append(_Candidates.smallest(growing.neg_(), contribution, k, below=0.0, ties="high"))
         if with_pruning:
             scores = (dense * root).abs_()
             wrong = torch.finfo(dtype).max / 4
             for place, has_sign in ((2, contribution > 0), (3, contribution < 0)):
                 other = has_sign.logical_and_(keep[part]).logical_not_().to(dtype)
-                keys = torch.add(scores, other, alpha=wrong)
+                keys = torch.add(scores, other, alpha=wrong, out=growing)
                 found[place].append(_Candidates.smallest(keys, contribution, k, below=wrong / 2))
     high_list, low_list, *pruning = (_Candidates.join(parts) if parts else None for parts in found)
     assert high_list is not None

@@ -32,15 +32,19 @@ class InputSpace:
     root : Tensor or None
         M: a matrix (in, k), a vector (in,) that stands for a diagonal, or None for the identity.
     inverse : Tensor or None
-        The pseudo-inverse of M in the same form; None where every direction was seen, as then
-        M M^+ = 1 and nothing has to be projected out.
+        The pseudo-inverse of M in the same form; None where it is not needed: every direction was seen, so that
+        M M^+ = 1, or `ridge` takes its place.
     effective_rank : int
         Number of input directions that occur in the statistics.
+    ridge : float, default 0.0
+        Above 0, `root` is the Cholesky factor of C + ridge, and M M^+ is approached by a filter that is 1 far above
+        `ridge`, 1/2 at it and 0 far below.
     """
 
     root: Tensor | None
     inverse: Tensor | None
     effective_rank: int
+    ridge: float = 0.0
 
     def weigh(self, delta: Float[Tensor, "out in"]) -> Float[Tensor, "out k"]:
         """Return delta M."""
@@ -51,11 +55,30 @@ class InputSpace:
 
     def project(self, rows: Float[Tensor, "r in"]) -> Float[Tensor, "r in"]:
         """Return rows M M^+: what is left after directions that were never seen are dropped."""
+        if self.ridge > 0:
+            return self._filter(rows)
         if self.inverse is None or self.root is None:
             return rows
         inverse = self.inverse.to(rows)
         weighed = self.weigh(rows)
         return weighed @ inverse if inverse.ndim == 2 else weighed * inverse
+
+    def _filter(self, rows: Float[Tensor, "r in"]) -> Float[Tensor, "r in"]:
+        """Apply 3 P^2 - 2 P^3 with P = C (C + ridge)^-1, which is steeper about `ridge` than P."""
+        assert self.root is not None
+        powers = [rows.T.to(self.root)]
+        for _ in range(3):
+            powers.append(powers[-1] - self.ridge * torch.cholesky_solve(powers[-1], self.root))
+        return (3 * powers[2] - 2 * powers[3]).T.to(rows)
+
+
+def _count_above(gram: Tensor, least: float) -> int:
+    """Count the eigenvalues above `least` as positive pivots (Sylvester): as cheap as a Cholesky factor."""
+    shifted = gram.clone()
+    shifted.diagonal().sub_(least)
+    factor, pivots = torch.linalg.ldl_factor(shifted)
+    paired = pivots < 0  # these belong to blocks of two, each with one positive and one negative eigenvalue
+    return int((factor.diagonal()[~paired] > 0).sum()) + int(paired.sum()) // 2
 
 
 def _largest_eigenvalue(gram: Tensor, iterations: int = 24) -> float:
@@ -87,8 +110,8 @@ def input_space(gram: Float[Tensor, "in in"], *, exact: bool = True, cutoff: flo
     gram : Tensor of shape (in, in)
         C = X^T X, the sum over all tokens; any positive multiple gives the same adapter.
     exact : bool, default True
-        True diagonalises C in float64. False tries a Cholesky factorisation first, which holds whenever all
-        eigenvalues are above the cut-off, and diagonalises only where it fails.
+        True diagonalises C in float64. False takes its Cholesky factor; where directions were never seen, that of
+        C + cut-off, and a smooth filter in place of the projection on what was seen.
     cutoff : float, optional
         Directions with an eigenvalue below this part of the largest one count as never seen. The default is an
         absolute bound on what rounding leaves in a sum kept in the dtype of `gram`: 16 eps tr(C) / sqrt(in), and
@@ -108,17 +131,18 @@ def input_space(gram: Float[Tensor, "in in"], *, exact: bool = True, cutoff: flo
     if cutoff is not None and not 0.0 <= cutoff < 1.0:
         raise MethodError(f"cutoff = {cutoff}: a part of the largest eigenvalue, from 0 to below 1, is allowed.")
     size = gram.shape[0]
-    wide = (gram.cpu() if gram.device.type == "mps" else gram).double()
+    wide = (gram.cpu() if gram.device.type == "mps" else gram).to(torch.float64, copy=True)
     least = _smallest_seen(gram, wide, cutoff)
     if not bool(wide.any()):
         return InputSpace(wide[:, :0], wide[:0], 0)
     if not exact:
-        shifted = wide.clone()
-        shifted.diagonal().sub_(least)
-        if int(torch.linalg.cholesky_ex(shifted).info) == 0:
-            root, failed = torch.linalg.cholesky_ex(wide)
-            if int(failed) == 0:
-                return InputSpace(root, None, size)
+        seen = _count_above(wide, least)
+        ridge = 0.0 if seen == size else least
+        wide.diagonal().add_(ridge)
+        root, failed = torch.linalg.cholesky_ex(wide)
+        if int(failed) == 0:
+            return InputSpace(root, None, seen, ridge)
+        wide.diagonal().sub_(ridge)
     root, inverse = linalg.whitening(wide, cutoff=least)
     rank = root.shape[1]
     return InputSpace(root, None if rank == size else inverse, rank)

@@ -19,7 +19,7 @@ __all__ = ["ProjectedRMSProp"]
 class ProjectedRMSProp(ProjectedOptimizer):
     """RMSProp whose groups with a ``rank`` keep their moments in a projection; see `FiraRMSProp`."""
 
-    _rotated = ("grad_avg", "momentum_buffer")
+    _rotated = ("momentum_buffer",)  # grad_avg stays with square_avg, or the variance could turn negative
     _decays = False
 
     def __init__(
@@ -56,6 +56,11 @@ class ProjectedRMSProp(ProjectedOptimizer):
         for key in ("smoothing", "momentum"):
             if not 0.0 <= group[key] < 1.0:
                 raise MethodError(f"{key} = {group[key]}; it must lie in [0, 1).")
+        if group["centered"] and group["bits"] == 8:
+            raise MethodError(
+                "centered = True with bits = 8: the variance is a difference that 8-bit moments cannot hold. "
+                "Use one of them."
+            )
         if group["weight_decay"] > 0:
             warnings.warn(
                 f"weight_decay = {group['weight_decay']} has no effect: Fira's RMSProp form has none.",
