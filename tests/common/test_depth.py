@@ -11,7 +11,7 @@ from torch import nn
 
 from gnomon.common import depth
 from gnomon.common.layers import decoder_blocks
-from gnomon.common.models import tiny
+from gnomon.common.models import tiny, workbench
 from gnomon.errors import DataError, MethodError, ModelError
 from gnomon.nn import apply_layernorm_scaling, fold_layernorm_scaling
 
@@ -252,3 +252,14 @@ def test_what_cannot_be_measured_is_told() -> None:
     with pytest.raises(ModelError, match=r"share their weights"):
         depth.remove_block(model, 1)
     assert depth.residual_variance(model, IDS).shape == (3,)
+
+
+@pytest.mark.slow
+def test_a_trained_pre_ln_model_shows_the_curse_of_depth() -> None:
+    model, _, _, valid = workbench()
+    ids = valid[: 16 * 64].reshape(16, 64)
+    variance = depth.residual_variance(model, ids, batch_size=16)
+    assert (variance.diff() > 0).all(), "the residual stream grows with every block"
+    drops = depth.block_removal_drop(model, ids, batch_size=16)
+    assert drops[0] > 0.9, "the first block is needed"
+    assert drops[0] > 3 * drops[2:-1].min(), "a middle block far less"

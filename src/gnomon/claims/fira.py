@@ -86,7 +86,7 @@ def train(method: str, seed: int, scale: str = "small", *, steps: int | None = N
     -------
     TrainingRun
     """
-    size = dict(_SIZES[scale])
+    size: dict[str, Any] = dict(_SIZES[scale])
     rank, steps = size.pop("rank"), steps or size.pop("steps")
     size.pop("steps", None)
     tokenizer = byte_tokenizer()

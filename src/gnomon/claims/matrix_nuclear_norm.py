@@ -30,7 +30,7 @@ from gnomon.evals.matrix_nuclear_norm import (
 CONTEXT = 96
 WIDTHS = {"width_32": 32, "width_64": 64, "width_128": 128}
 # steps, sequences a batch, texts of the probe
-SCALES = {"small": (200, 16, 60), "medium": (1000, 32, 200), "large": (5000, 64, 1000)}
+SCALES = {"small": (250, 16, 60), "medium": (1000, 32, 200), "large": (5000, 64, 1000)}
 # tokens, features
 SIZES = {"small": (512, 2048), "medium": (2048, 2048), "large": (2048, 4096)}
 

@@ -56,8 +56,7 @@ def run(
     >>> import gnomon
     >>> result = gnomon.run("quickstart", overrides={"train.tokens": 20_000})  # doctest: +SKIP
     """
-    from accelerate import PartialState
-
+    from gnomon.common.ranks import ranks
     from gnomon.reports import write_report
 
     changes = dict(overrides or {})
@@ -66,6 +65,6 @@ def run(
     if seeds is not None:
         changes["seeds"] = seeds
     result = run_recipe(load_recipe(recipe, changes), out=out, progress=progress, on_change=on_change)
-    if PartialState().is_main_process:
+    if ranks().is_main_process:
         result = replace(result, report=write_report(result.folder))
     return result

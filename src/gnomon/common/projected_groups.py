@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -53,14 +53,14 @@ def check_hyperparameters(
 
 
 def split_parameters(
-    model: nn.Module, target_modules: Iterable[str] | str
+    model: nn.Module, target_modules: list[str] | tuple[str, ...] | str
 ) -> tuple[list[tuple[str, nn.Parameter]], list[tuple[str, nn.Parameter]]]:
     """Split the trainable parameters of a model into the weights of target layers and the rest.
 
     Parameters
     ----------
     model : nn.Module
-    target_modules : iterable of str or str
+    target_modules : list of str or str
         As the Trainer's ``optim_target_modules``: parts of module names or regular expressions, one regular
         expression, or ``"all-linear"``. Only `nn.Linear` and `Conv1D` layers count.
 

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 import yaml
-from accelerate import PartialState
 
 from gnomon import __version__
 from gnomon.common.environment import environment
@@ -23,6 +22,7 @@ from gnomon.common.files import content_hash, write_json
 from gnomon.common.layers import family, unwrap
 from gnomon.common.memory import PeakMemory, tensor_bytes
 from gnomon.common.models import export_model, load_model, save_model
+from gnomon.common.ranks import ranks
 from gnomon.errors import ModelError
 from gnomon.progress import Progress, duration, quiet
 from gnomon.recipes.arms import Arm, arms_of, differences
@@ -69,9 +69,10 @@ class _Run:
     windows: dict[tuple[str, int], dict[str, Any]] = field(default_factory=dict)
 
     def publish(self) -> None:
-        """Write ``run.json`` as it stands."""
-        self.store.write_run(self.run)
-        self.on_change(self.run)
+        """Write ``run.json`` as it stands and tell whoever watches; the first rank alone does."""
+        if self.store.writes:
+            self.store.write_run(self.run)
+            self.on_change(self.run)
 
 
 def run_recipe(
@@ -103,7 +104,7 @@ def run_recipe(
         Before anything is trained wherever that can be known.
     """
     check_recipe(recipe)
-    main = PartialState().is_main_process
+    main = ranks().is_main_process
     progress = (progress or quiet()) if main else quiet()
     plain = {k: v for k, v in recipe.plain().items() if k not in ("seeds", "ablate")}
     source = source_hash(recipe.model)
@@ -272,14 +273,16 @@ def _context(state: _Run, arm: Arm, seed: int, kind: str, key: str, reload: Call
 def _compute(
     state: _Run, arm: Arm, seed: int, kind: str, stage: Stage, key: str, source: Callable[[], Any]
 ) -> dict[str, Any]:
-    """Run one stage, save its model and its result; distributed, all ranks train and the first does the rest."""
-    ranks = PartialState()
-    if kind == "train" or ranks.is_main_process:
+    """Run one stage; the first rank saves its model and its result.
+
+    All ranks take part, since methods may sum over ranks; merging writes files, so the first does it alone.
+    """
+    if kind != "merge" or ranks().is_main_process:
         context = _context(state, arm, seed, kind, key, source)
         started = time.monotonic()
         with PeakMemory() as memory, _noted_warnings(state.run["warnings"]):
             model, details = run_stage(kind, stage, source(), context)
-        if ranks.is_main_process:
+        if ranks().is_main_process:
             if kind == "train":
                 details["depth"] = _depth(model, state.data)
             save_model(model, state.store.stage(key) / "model", state.data.tokenizer)
@@ -291,7 +294,7 @@ def _compute(
             }
             write_json(state.store.stage(key) / "result.json", result)
         del model
-    ranks.wait_for_everyone()
+    ranks().wait_for_everyone()
     found = state.store.result(key)
     assert found is not None  # written just above, by the first rank
     return found
@@ -301,7 +304,7 @@ def _run_stage(
     state: _Run, arm: Arm, seed: int, index: int, chain: list[tuple[str, Stage, str, str]]
 ) -> dict[str, Any]:
     kind, stage, _, key = chain[-1]
-    PartialState().wait_for_everyone()
+    ranks().wait_for_everyone()
     result = state.store.result(key)
     skipped = result is not None
     if result is None:
@@ -332,9 +335,9 @@ def _start_row(state: _Run, arm: Arm, seed: int, key: str) -> dict[str, Any]:
     metrics, windows = _measure(state, arm, seed, -1, key, lambda: _start_model(state, seed))
     state.windows[(arm.name, seed)] = windows
     file = state.store.stage(key) / "size.json"
-    if PartialState().is_main_process and not file.is_file():
+    if ranks().is_main_process and not file.is_file():
         write_json(file, _size(_start_model(state, seed)))
-    PartialState().wait_for_everyone()
+    ranks().wait_for_everyone()
     return {
         "index": -1,
         "kind": "evaluate",
@@ -362,12 +365,12 @@ def _measure(
     for stage in asked:
         question = stage.model_dump(mode="json", by_alias=True)
         answer = state.store.measured(key, question)
-        if answer is None and PartialState().is_main_process:
+        if answer is None and ranks().is_main_process:
             model = model if model is not None else source()
             with _noted_warnings(state.run["warnings"]):
                 answer = evaluate(stage, model, _context(state, arm, seed, "evaluate", key, source))
             state.store.keep_measured(key, question, answer)
-        PartialState().wait_for_everyone()
+        ranks().wait_for_everyone()
         answer = answer or state.store.measured(key, question) or {"metrics": {}, "windows": {}}
         metrics |= answer["metrics"]
         windows = answer["windows"] or windows

@@ -23,32 +23,34 @@ trainer.add_callback(RepresentationCallback(tokenizer, probe_texts, log=trainer.
 answers = score_responses(model, tokenizer, instructions)            # the model's own answers
 ```
 
-**What the number means, and what it does not.** The score depends on L / d before it depends on anything
-learned: states without any preferred direction have $\mathrm{mnn\_iso} = \sqrt{\min(L, d) / \max(L, d)}$,
-which is 1 at L = d. So compare models of one width on texts of one length (`min_length = max_length`), or
-compare `mnn_over_iso`; reports warn where lengths or widths differ. For L >= d it lies in $[1/\sqrt L,
-\sqrt{d/L}]$ and is at least the exact nuclear norm per token; for L < d it lies in $[1/\sqrt d, 1]$ and
-bounds nothing. It does not change when H is scaled, shifted by one vector for all tokens, or permuted in
-tokens or features, but it does change when the feature axes are rotated; entropy, effective rank and the
-exact norm do not. That it falls as models improve holds within some published families only (it rises from
-14M to 160M parameters of Pythia on OpenWebText2); matrix entropy falls throughout.
+**What the number means, and what it does not.** The score depends on L / d before it depends on anything learned:
+states without any preferred direction have $\mathrm{mnn\_iso} = \sqrt{\min(L, d) / \max(L, d)}$, which is 1 at L = d.
+So compare models of one width on texts of one length (`min_length = max_length`). Where that cannot be, compare
+`mnn_over_iso`, which takes out most of it but not all (for L < d it may exceed 1, and more so the shorter the text);
+reports warn where lengths or widths differ.
 
-**Cost.** Two passes over H and one buffer that stays in the cache: a few times the cost of reading H, where
-entropy needs an eigendecomposition of an L x L or d x d matrix (`spectra=False` leaves it out).
-Half-precision states are brought to float32 first; float32 is within about 1e-7 of float64, relative, and
-1e-5 where the mean is a thousand times larger than what varies.
+For L >= d the score lies between $1/\sqrt L$ and $\sqrt{d/L}$ and is at least the exact nuclear norm per token; for
+L < d it lies between $1/\sqrt d$ and 1 and bounds nothing. It does not change when H is scaled, shifted by one vector
+for all tokens, or permuted in tokens or features. It does change when the feature axes are rotated; entropy,
+effective rank and the exact norm do not. That it falls as models get better holds within some published families
+only: on OpenWebText2 it falls for Cerebras-GPT, but rises from 14M to 160M parameters of Pythia, where matrix entropy
+falls throughout. On small models trained here it rises with width and quality, as L / d alone would have it.
 
-**Edge cases.** A text whose tokens all have one state has no score: it is NaN, counted and named. A row that
-equals the mean becomes a row of zeros, is counted in `zero_rows`, and stays in L (the entropies leave it
-out). An attention sink moves the mean of all tokens; `skip_first=1` leaves it out of the measure.
+**Cost.** One pass for the mean and one for everything else, in blocks that stay in the cache: about five reads of H,
+a tenth of the equations written with one call each. Entropy, effective rank and the exact norm need the eigenvalues
+of an L x L or d x d matrix, about a hundred times as much (`spectra=False` leaves them out). Half-precision states are
+brought to float32 first; float32 is within 1e-6 of float64, relative (1e-5 where the mean is a thousand times larger
+than what varies).
 
-**Deviations from the authors' code.** Texts are batched, and padding is masked before the mean. Texts without
-a score are reported instead of dropped in silence. The score is per token, as in the published tables (a sum
-in the authors' README). Entropy uses the smaller Gram matrix instead of an SVD of the d x d covariance; the
-values agree.
+**Edge cases.** A text whose tokens all have one state has no score: it is NaN, counted and named. A row that equals
+the mean becomes a row of zeros, is counted in `zero_rows`, and stays in L (the entropies leave it out). An attention
+sink moves the mean of all tokens; `skip_first=1` leaves it out of the measure.
 
-**Does not compose with** encoder-decoders as a whole (score `model.get_encoder()`) and prompt-learning
-adapters.
+**Deviations from the authors' code.** Texts are batched, and padding is masked before the mean. Texts without a score
+are reported instead of dropped in silence. The score is per token, as in the published tables (a sum in the authors'
+README). Entropy uses the smaller Gram matrix instead of an SVD of the d x d covariance; the values agree.
+
+**Does not compose with** encoder-decoders as a whole (score `model.get_encoder()`) and prompt-learning adapters.
 """
 
 from gnomon.evals.matrix_nuclear_norm.callback import RepresentationCallback

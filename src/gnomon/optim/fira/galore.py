@@ -26,7 +26,8 @@ class GaLoreAdamW(ProjectedOptimizer):
     params : iterable of parameters, (name, parameter) pairs or groups
         Groups from `low_rank_groups`, or dicts with ``rank``, ``update_proj_gap``, ``alpha`` (or GaLore's
         ``scale``), ``proj_type``.
-    lr : float or Tensor, default 1e-3
+    lr : float, default 1e-3
+        A tensor of one element is accepted too.
     betas : (float, float), default (0.9, 0.999)
     eps : float, default 1e-6
     weight_decay : float, default 0
@@ -58,7 +59,7 @@ class GaLoreAdamW(ProjectedOptimizer):
     def __init__(
         self,
         params: ParamsT,
-        lr: float | Tensor = 1e-3,
+        lr: float = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-6,
         weight_decay: float = 0.0,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -108,8 +107,8 @@ class Fira(_NormBasedScaling, GaLoreAdamW):
         Groups from `low_rank_groups`, or dicts with ``rank``, ``update_proj_gap`` (200), ``alpha`` (1.0, also read
         as GaLore's ``scale``), ``proj_type`` ("std"), ``align`` ("none"), ``refresh`` ("auto"). Groups without a
         ``rank`` get ordinary AdamW.
-    lr : float or Tensor, default 1e-3
-        The authors pre-train with 0.01 and fine-tune with 1e-4.
+    lr : float, default 1e-3
+        The authors pre-train with 0.01 and fine-tune with 1e-4. A tensor of one element is accepted too.
     betas : (float, float), default (0.9, 0.999)
     eps : float, default 1e-6
         Added before the bias correction.
@@ -148,7 +147,7 @@ class Fira(_NormBasedScaling, GaLoreAdamW):
     def __init__(
         self,
         params: ParamsT,
-        lr: float | Tensor = 1e-3,
+        lr: float = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-6,
         weight_decay: float = 0.0,
@@ -184,7 +183,8 @@ class FiraRMSProp(_NormBasedScaling, ProjectedRMSProp):
     ----------
     params : iterable of parameters, (name, parameter) pairs or groups
         As for `Fira`; groups without a ``rank`` get ordinary RMSProp.
-    lr : float or Tensor, default 1e-3
+    lr : float, default 1e-3
+        A tensor of one element is accepted too.
     smoothing : float, default 0.9
         Decay of the second moment.
     eps : float, default 1e-6
@@ -215,7 +215,7 @@ class FiraRMSProp(_NormBasedScaling, ProjectedRMSProp):
     def __init__(
         self,
         params: ParamsT,
-        lr: float | Tensor = 1e-3,
+        lr: float = 1e-3,
         smoothing: float = 0.9,
         eps: float = 1e-6,
         weight_decay: float = 0.0,
@@ -252,7 +252,7 @@ def low_rank_groups(
     update_proj_gap: int = 200,
     alpha: float = 1.0,
     proj_type: Literal["std", "reverse_std", "left", "right", "full"] = "std",
-    target_modules: Iterable[str] | str = ("attn", "mlp"),
+    target_modules: list[str] | tuple[str, ...] | str = ("attn", "mlp"),
     align: Literal["none", "rotate"] = "none",
     refresh: Literal["auto", "exact", "randomized"] = "auto",
 ) -> list[dict[str, Any]]:
@@ -270,7 +270,7 @@ def low_rank_groups(
         Scale of the projected update; the authors pre-train with 0.25 (0.0625 from 1B parameters on).
     proj_type : {"std", "reverse_std", "left", "right", "full"}, default "std"
         "std" projects a matrix's smaller dimension. "full" projects both and works with GaLore only.
-    target_modules : iterable of str or str, default ("attn", "mlp")
+    target_modules : list of str or str, default ("attn", "mlp")
         Parts of names of linear layers, regular expressions or "all-linear", as the Trainer's
         ``optim_target_modules``.
     align : {"none", "rotate"}, default "none"

@@ -25,7 +25,7 @@ class ProjectedRMSProp(ProjectedOptimizer):
     def __init__(
         self,
         params: ParamsT,
-        lr: float | Tensor = 1e-3,
+        lr: float = 1e-3,
         smoothing: float = 0.9,
         eps: float = 1e-6,
         *,

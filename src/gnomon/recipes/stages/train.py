@@ -18,6 +18,7 @@ from gnomon import catalog
 from gnomon.common.corpora import windows
 from gnomon.common.layers import linear_layers
 from gnomon.common.memory import tensor_bytes
+from gnomon.common.ranks import ranks
 from gnomon.errors import ConfigError
 from gnomon.progress import Task
 from gnomon.recipes.options import split_options
@@ -196,9 +197,7 @@ def _callbacks(stage: TrainStage, model: Any) -> list[TrainerCallback]:
 
 
 def _arguments(stage: TrainStage, context: StageContext, steps: int) -> TrainingArguments:
-    from accelerate import PartialState
-
-    world = PartialState().num_processes
+    world = ranks().num_processes
     rows, rest = divmod(stage.batch_size, world * stage.accumulate)
     if rest or rows == 0:
         raise ConfigError(
