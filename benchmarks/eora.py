@@ -55,8 +55,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="leave the 4096 x 4096 layer out (some minutes)")
     if parser.parse_args().quick:
-        run(1024, 64, at_least=5, rounds=3)
+        run(1024, 64, at_least=2, rounds=5)
     else:
-        run(1024, 64, at_least=5, rounds=3)
+        run(1024, 64, at_least=2, rounds=5)
         run(4096, 64, at_least=10, rounds=1)
     finish()

@@ -68,7 +68,9 @@ def compare(
 def check(what: str, value: float, *, at_least: float | None = None, at_most: float | None = None) -> None:
     """Print a figure beside its target and remember a miss for `finish`."""
     met = (at_least is None or value >= at_least) and (at_most is None or value <= at_most)
-    target = f" (target >= {at_least:g})" if at_least is not None else f" (target <= {at_most:g})" if at_most is not None else ""
+    target = ""
+    if at_least is not None or at_most is not None:
+        target = f" (target >= {at_least:g})" if at_least is not None else f" (target <= {at_most:g})"
     print(f"  {what}: {value:.3g}{target}{'' if met else '  MISSED'}")
     if not met:
         _missed.append(what)

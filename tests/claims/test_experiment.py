@@ -105,7 +105,8 @@ def trial(arm, seed, scale):
     return {"a": 1.0, "b": 2.0}[arm] + 0.01 * seed
 
 
-CARD = Card("x", "X", "do x", "optim", "optimizer", "math:sqrt", Paper("X"), (ClaimCard("c", "a is less", "1.5", "x:y"),))
+CLAIM = ClaimCard("c", "a is less", "1.5", "x:y")
+CARD = Card("x", "X", "do x", "optim", "optimizer", "math:sqrt", Paper("X"), (CLAIM,))
 
 
 @pytest.fixture

@@ -139,9 +139,8 @@ def test_a_run_writes_table_report_and_json(mini, capsys, monkeypatch):
 
 def _start(folder, *words, **kwargs):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [*GNOMON, *words], cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs
-    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen([*GNOMON, *words], cwd=folder, env=environment, text=True, **pipes, **kwargs)
 
 
 def _wait_for_checkpoint(folder, seconds=240):

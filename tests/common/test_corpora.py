@@ -95,7 +95,7 @@ def test_parquet_and_gzip(tmp_path):
     corpus = corpora.load(str(tmp_path / "a.parquet"))
     assert corpus.rows == len(LINES)
     assert [q.row for q in corpus.quarantined] == [41, 42]
-    with pytest.raises(DataError, match="no column 'x'. Columns: text, n"):
+    with pytest.raises(DataError, match=r"no column 'x'\. Columns: text, n"):
         corpora.load(str(tmp_path / "a.parquet"), text_field="x")
     with gzip.open(tmp_path / "a.txt.gz", "wt") as file:
         file.write("\n".join(LINES))
@@ -128,7 +128,7 @@ def test_a_missing_file_and_an_unreachable_dataset_are_refused(tmp_path, monkeyp
         raise ConnectionError("offline")
 
     monkeypatch.setattr(datasets, "load_dataset", offline)
-    with pytest.raises(DataError, match="'someone/something'.*could not be loaded: offline"):
+    with pytest.raises(DataError, match=r"'someone/something'.*could not be loaded: offline"):
         corpora.load("someone/something")
 
 

@@ -40,9 +40,14 @@ def test_json_refuses_nan_and_round_trips(tmp_path):
 def test_atomic_folder_is_all_or_nothing(tmp_path):
     with atomic_folder(tmp_path / "f") as part:
         (part / "a").write_text("1")
-    with pytest.raises(RuntimeError), atomic_folder(tmp_path / "f") as part:
-        (part / "a").write_text("2")
-        raise RuntimeError
+
+    def half_way():
+        with atomic_folder(tmp_path / "f") as part:
+            (part / "a").write_text("2")
+            raise RuntimeError("half way")
+
+    with pytest.raises(RuntimeError, match="half way"):
+        half_way()
     assert (tmp_path / "f" / "a").read_text() == "1"
     with atomic_folder(tmp_path / "f") as part:
         (part / "b").write_text("3")

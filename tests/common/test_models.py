@@ -182,14 +182,9 @@ def test_models_without_blocks_or_configuration_are_refused():
         surgery.record(torch.nn.Linear(2, 2), "x")
     with pytest.raises(ModelError, match="no transformers model"):
         save_model(torch.nn.Linear(2, 2), "/nowhere")
-    with pytest.raises(ModelError, match="No feed-forward module found in a Holder"):
-
-        class Holder(torch.nn.Module):
-            def __init__(self):
-                super().__init__()
-                self.attn = torch.nn.Linear(1, 1)
-
-        attention_and_mlp(Holder())
+    half = torch.nn.ModuleDict({"attn": torch.nn.Linear(1, 1)})
+    with pytest.raises(ModelError, match="No feed-forward module found in a ModuleDict; it has attn"):
+        attention_and_mlp(half)
 
 
 def test_the_public_names_are_these():

@@ -58,6 +58,21 @@ def test_objective_is_the_tail_of_the_spectrum(exact):
         assert output_error(delta - B @ A, gram) == pytest.approx(float(S[rank:].square().sum()), rel=1e-5)
 
 
+@pytest.mark.parametrize(("out", "size", "tokens"), [(90, 130, 400), (130, 90, 400), (90, 130, 60)])
+def test_range_finder_finds_a_falling_spectrum(out, size, tokens):
+    delta, x = problem(out, size, tokens=tokens)
+    gram = x.T @ x
+    A, B = eora_layer(delta, gram, 6, exact=False)
+    C, D = eora_layer(delta, gram, 6, exact=True)
+    assert A.shape == (6, size)
+    torch.testing.assert_close(B @ A @ x.T, D @ C @ x.T, rtol=1e-3, atol=1e-3 * float((delta @ x.T).abs().max()))
+    best = definition(delta, gram, 6)[2][6:].square().sum()
+    assert output_error(delta - B @ A, gram) == pytest.approx(float(best), rel=1e-4)
+    assert input_space(gram, exact=False).effective_rank == min(size, tokens)
+    norms = (A.norm(dim=1), B.norm(dim=0)), (C.norm(dim=1), D.norm(dim=0))
+    torch.testing.assert_close(*norms, rtol=0.02, atol=0)
+
+
 def test_randomised_path_is_within_a_percent_on_a_flat_spectrum():
     g = torch.Generator().manual_seed(3)
     delta = torch.randn(300, 280, generator=g)

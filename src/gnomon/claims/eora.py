@@ -151,9 +151,7 @@ def task_text(arm: str, seed: int, scale: str) -> float:
     if arm != "none":
         calibration = _draw(_task_rows("train", arm == "task"), _SEQUENCES, seed)
         model = eora(model, _bench().model, calibration, 16)
-    rows = _draw(_task_rows("valid", True), _HELD_OUT[scale], 1000 + seed)
+    rows = _task_rows("valid", True)[seed % 3 :: 3]  # a third of the test text each, so that its spread is seen too
     with torch.no_grad():
-        right = [
-            (model(input_ids=part).logits[:, :-1].argmax(-1) == part[:, 1:]).float().mean(-1) for part in rows.split(16)
-        ]
-    return 100 * float(torch.cat(right).mean())
+        found = torch.cat([model(input_ids=part).logits[:, :-1].argmax(-1) for part in rows.split(16)])
+    return 100 * float((found == rows[:, 1:]).float().mean())

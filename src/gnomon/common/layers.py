@@ -7,6 +7,7 @@ so look-alikes of Llama, Qwen, Mistral, GPT-2 and GPT-NeoX work without a line o
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -33,15 +34,17 @@ _MLP_NAMES = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "fc")
 
 def unwrap(model: nn.Module) -> nn.Module:
     """Return the `transformers` model inside PEFT, DDP or torch.compile wrappers (or `model` itself)."""
+    inner: Any = model
     while True:
-        if hasattr(model, "_orig_mod"):
-            model = model._orig_mod
-        elif isinstance(model, nn.parallel.DistributedDataParallel):
-            model = model.module
-        elif hasattr(model, "get_base_model") and not isinstance(model, PreTrainedModel):
-            model = model.get_base_model()
+        if hasattr(inner, "_orig_mod"):
+            inner = inner._orig_mod
+        elif isinstance(inner, nn.parallel.DistributedDataParallel):
+            inner = inner.module
+        elif hasattr(inner, "get_base_model") and not isinstance(inner, PreTrainedModel):
+            inner = inner.get_base_model()
         else:
-            return model
+            found: nn.Module = inner
+            return found
 
 
 def family(model: nn.Module) -> str:
@@ -112,7 +115,8 @@ def _linears(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def weight_of(layer: nn.Module) -> torch.Tensor:
     """Return a layer's weight as (out, in): `Conv1D` (GPT-2), which stores (in, out), gives a transposed view."""
-    weight: torch.Tensor = layer.weight
+    weight = layer.weight
+    assert isinstance(weight, torch.Tensor)
     return weight.t() if isinstance(layer, Conv1D) else weight
 
 

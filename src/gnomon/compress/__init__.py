@@ -1,4 +1,4 @@
-"""Pruning, quantisation, distillation and the repair of what they break; every name is imported when it is first used."""
+"""Pruning, quantisation, distillation, repair of what they break; every name is imported when it is first used."""
 
 from gnomon._lazy import lazy_attributes as _lazy_attributes
 

@@ -1,17 +1,16 @@
 """Perplexity of a causal language model: token-weighted, with an interval, over windows of any stride.
 
-For windows $w$ with scored tokens $x_t$, $\\mathrm{nll} = \\sum_w \\sum_{t \\in w} -\\log p(x_t \\mid x_{<t}
-\\text{ in } w) \\,/\\, \\sum_w |w|$ and perplexity $= e^{\\mathrm{nll}}$. Windows weigh by their number of
-scored tokens, so padding, a short last window and the batch size do not move the value.
+    nll = sum over windows, over their scored tokens, of -log p(token | the tokens before it in the window) / tokens
+    perplexity = exp(nll)
 
-A stream of tokens is cut into windows of `context` tokens that start every `stride` tokens; each token is
-scored once, in the first window that contains it, and the first token of the stream (with `stride ==
-context`: of every window) is not scored, since nothing precedes it. A small stride gives each token more
-context and costs `context / stride` times the work. The interval is a bootstrap over windows, which keeps the
-dependence between neighbouring tokens.
+Windows weigh by their number of scored tokens, so padding, a short last window and the batch size do not move the
+value. A stream of tokens is cut into windows of `context` tokens that start every `stride` tokens; each token is
+scored once, in the first window that contains it. The first token of the stream (with ``stride == context``: of every
+window) is not scored, since nothing precedes it. A small stride gives each token more context and costs
+``context / stride`` times the work. The interval is a bootstrap over windows, which keeps the dependence between
+neighbouring tokens.
 
-Logits are brought to float32 (or kept in float64) one sequence at a time; no more than one batch of logits
-exists.
+Logits are brought to float32 (or kept in float64) one sequence at a time; no more than one batch of logits exists.
 """
 
 from __future__ import annotations

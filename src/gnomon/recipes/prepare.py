@@ -161,7 +161,7 @@ def check_methods(recipe: Recipe, model: Any) -> None:
             try:
                 if card is not None and "check" in card.recipe:
                     catalog.resolve(card.recipe["check"])(model, **use.with_)
-                elif card is not None and card.plugs == "optimizer":
+                elif card is not None and card.plugs == "optimizer" and isinstance(stage, TrainStage):
                     build_optimizer(stage, model)  # its state is made at the first step, so this costs nothing
             except (MethodError, ModelError) as error:
                 raise ConfigError(f"stages.{index}.{kind} ({use.uses}): {error}") from error

@@ -42,18 +42,16 @@ class _Candidates:
     valid: Tensor  # (rows, k) bool
 
     @classmethod
-    def smallest(cls, keys: Tensor, contributions: Tensor, k: int, *, below: float, ties: str = "low") -> _Candidates:
-        """List the k smallest keys of each row; those not `below` the limit are no candidates."""
-        index, values = first_indices(keys, k, ties=ties)
-        return cls(index, contributions.gather(1, index.long()), values < below)
+    def empty(cls, rows: int, k: int, like: Tensor) -> _Candidates:
+        index = torch.zeros(rows, k, dtype=torch.int32, device=like.device)
+        return cls(index, torch.zeros(rows, k, dtype=like.dtype, device=like.device), torch.zeros_like(index).bool())
 
-    @classmethod
-    def join(cls, parts: list[_Candidates]) -> _Candidates:
-        return cls(
-            torch.cat([p.index for p in parts]),
-            torch.cat([p.contribution for p in parts]),
-            torch.cat([p.valid for p in parts]),
-        )
+    def fill(self, part: slice, keys: Tensor, contributions: Tensor, *, below: float, ties: str = "low") -> None:
+        """List the smallest keys of each row of a chunk; those not `below` the limit are no candidates."""
+        found, values = first_indices(keys, self.index.shape[1], ties=ties)
+        self.index[part] = found
+        self.contribution[part] = contributions.gather(1, found.long())
+        self.valid[part] = values < below
 
     def take(self, pointer: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return column, contribution and validity of each row's entry at `pointer` (invalid past the end)."""
@@ -68,8 +66,8 @@ class _Lists:
     error: Tensor  # (rows,): expected dense-minus-sparse output, summed over a sequence
     grow_high: _Candidates
     grow_low: _Candidates
-    prune_positive: _Candidates | None
-    prune_negative: _Candidates | None
+    prune_positive: _Candidates
+    prune_negative: _Candidates
 
 
 def _lists(weight: Tensor, inputs: LayerInputs, keep: Tensor, k: int, power: float, with_pruning: bool) -> _Lists:
@@ -78,30 +76,31 @@ def _lists(weight: Tensor, inputs: LayerInputs, keep: Tensor, k: int, power: flo
     sums = inputs.mean_sum.to(weight.device, dtype)
     root = inputs.mean_square.to(weight.device, dtype).sqrt()
     variance = inputs.variance.to(weight.device, dtype).clamp(min=_SMALLEST_VARIANCE).pow(power)
-    k = min(k, weight.shape[1])
-    errors: list[Tensor] = []
-    found: list[list[_Candidates]] = [[], [], [], []]
-    for part in row_chunks(
-        *weight.shape
-    ):  # masks enter as products and sums: branching per element costs ten times more
+    rows, features = weight.shape
+    size = min(k, features), sums
+    lists = _Lists(
+        torch.zeros(rows, dtype=dtype, device=weight.device),
+        _Candidates.empty(rows, *size),
+        _Candidates.empty(rows, *size),
+        _Candidates.empty(rows if with_pruning else 0, *size),
+        _Candidates.empty(rows if with_pruning else 0, *size),
+    )
+    wrong = torch.finfo(dtype).max / 4
+    for part in row_chunks(rows, features):  # masks enter as products and sums: branches cost ten times as much
         dense = weight[part].to(dtype)
         contribution = dense * sums
         gone = contribution * (~keep[part]).to(dtype)
-        errors.append(gone.sum(1))
+        lists.error[part] = gone.sum(1)
         growing = gone.div_(variance)
-        found[1].append(_Candidates.smallest(growing, contribution, k, below=0.0))
-        found[0].append(_Candidates.smallest(growing.neg_(), contribution, k, below=0.0, ties="high"))
+        lists.grow_low.fill(part, growing, contribution, below=0.0)
+        lists.grow_high.fill(part, growing.neg_(), contribution, below=0.0, ties="high")
         if with_pruning:
             scores = (dense * root).abs_()
-            wrong = torch.finfo(dtype).max / 4
-            for place, has_sign in ((2, contribution > 0), (3, contribution < 0)):
-                other = has_sign.logical_and_(keep[part]).logical_not_().to(dtype)
+            for pruning, sign in ((lists.prune_positive, contribution > 0), (lists.prune_negative, contribution < 0)):
+                other = sign.logical_and_(keep[part]).logical_not_().to(dtype)
                 keys = torch.add(scores, other, alpha=wrong, out=growing)
-                found[place].append(_Candidates.smallest(keys, contribution, k, below=wrong / 2))
-    high_list, low_list, *pruning = (_Candidates.join(parts) if parts else None for parts in found)
-    assert high_list is not None
-    assert low_list is not None
-    return _Lists(torch.cat(errors), high_list, low_list, *pruning)
+                pruning.fill(part, keys, contribution, below=wrong / 2)
+    return lists
 
 
 class _BlockPruning:
@@ -220,8 +219,6 @@ def _swap(
         if pruning is not None:
             pruned, pruned_c, pruned_ok = pruning.take(grown)
         else:
-            assert lists.prune_positive is not None
-            assert lists.prune_negative is not None
             pruned, pruned_c, pruned_ok = _either(
                 error < 0, lists.prune_positive.take(positive), lists.prune_negative.take(negative)
             )

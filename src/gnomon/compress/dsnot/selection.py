@@ -14,7 +14,7 @@ from gnomon.errors import MethodError
 
 __all__ = ["Budget", "first_indices", "row_chunks", "score_mask", "smallest_blocks", "smallest_mask", "wide_dtype"]
 
-_CHUNK = 1 << 18  # elements worked on at a time: 2 MB in float64, which stays in the cache
+_CHUNK = 1 << 17  # elements worked on at a time: 1 MB in float64, which stays in the cache
 _TOLERANCE = 1e-6  # float32 scores further apart than this (relative) are ordered as float64 ones are
 
 
@@ -208,7 +208,10 @@ def score_mask(weight: Float[Tensor, "out in"], scale: Float[Tensor, " in"], bud
             keep[part] = ~smallest_mask(scores, k)
         else:
             kth, after = _kth_and_next(scores, k)
-            torch.gt(scores, kth, out=keep[part])
+            if scores.device.type == "cpu":  # numpy compares faster than torch
+                np.greater(scores.numpy(), kth.numpy(), out=keep[part].numpy())
+            else:
+                torch.gt(scores, kth, out=keep[part])
             clear = (after - kth > _TOLERANCE * kth) & (kth > 1e-30)
             unclear = (~clear).squeeze(1).nonzero().squeeze(1)
             if len(unclear):

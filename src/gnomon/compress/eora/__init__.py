@@ -35,10 +35,10 @@ When to use it
   `initialize_eora`.
 
 Cost
-  Per distinct input: tokens * in^2 for C. Per layer: one Cholesky factorisation, one product of the layer's size and a
-  randomised range finder (layers up to 512 wide, and `exact=True`: eigendecomposition and full SVD). Layers that read
-  the same tensor (query, key and value; gate and up) share C and its factor. Memory: both models, the hidden states of
-  the calibration set, the statistics of one block. The adapter adds r (in + out) numbers and products per layer.
+  Per distinct input: tokens * in^2 for C and one Cholesky factorisation; per layer a randomised range finder (up to
+  512 inputs or outputs, and with `exact=True`: eigendecomposition and full SVD). Layers that read the same tensor
+  (query, key and value; gate and up) share C and its factor. Memory: both models, the hidden states of the calibration
+  set, the statistics of one block. The adapter adds r (in + out) numbers and products per layer.
 
 What it does not do
   - Merge: W_c + B A lies off the grid and fills pruned places. `requantise_after_merge` compresses the sums again and

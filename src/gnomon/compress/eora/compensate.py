@@ -212,7 +212,7 @@ class Compensation:
     def _space(self, inputs: _Inputs) -> InputSpace:
         size = len(inputs.gram)
         if self.options.method in ("svd", "gradient"):
-            return InputSpace(None, None, size)
+            return InputSpace(None)
         if self.options.method == "act_s":
             return diagonal_space(inputs.abs_mean)
         # a mean over tokens instead of the sum: the same product B A, and factors whose size is that of the weights
@@ -243,7 +243,8 @@ class Compensation:
         before = output_error(delta, gram) / inputs.tokens
         after = output_error(delta - scaling * stored, gram) / inputs.tokens
         self._repaired = self._repaired or before > 0
-        known = min(space.effective_rank, inputs.tokens)
+        seen = space.effective_rank
+        known = min(delta.shape[1] if seen is None else seen, inputs.tokens)
         if inputs.tokens < delta.shape[1]:
             self._short[name] = (known, delta.shape[1])
         facts = {"rank": A.shape[0], "tokens": inputs.tokens, "effective_rank": known}

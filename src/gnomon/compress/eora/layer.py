@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -34,17 +35,29 @@ class InputSpace:
     inverse : Tensor or None
         The pseudo-inverse of M in the same form; None where it is not needed: every direction was seen, so that
         M M^+ = 1, or `ridge` takes its place.
-    effective_rank : int
-        Number of input directions that occur in the statistics.
+    gram : Tensor or None
+        C, for the effective rank.
+    least : float
+        Eigenvalue of C at or below which a direction counts as never seen.
     ridge : float, default 0.0
         Above 0, `root` is the Cholesky factor of C + ridge, and M M^+ is approached by a filter that is 1 far above
         `ridge`, 1/2 at it and 0 far below.
     """
 
     root: Tensor | None
-    inverse: Tensor | None
-    effective_rank: int
+    inverse: Tensor | None = None
+    gram: Tensor | None = None
+    least: float = 0.0
     ridge: float = 0.0
+
+    @cached_property
+    def effective_rank(self) -> int | None:
+        """Number of input directions that occur in the statistics; None without statistics. Counted when asked for."""
+        if self.root is not None and self.root.ndim == 1:
+            return int((self.root > 0).sum())
+        if self.ridge > 0 and self.gram is not None:
+            return _count_above(_wide(self.gram), self.least)
+        return None if self.root is None else self.root.shape[1]
 
     def weigh(self, delta: Float[Tensor, "out in"]) -> Float[Tensor, "out k"]:
         """Return delta M."""
@@ -72,11 +85,15 @@ class InputSpace:
         return (3 * powers[2] - 2 * powers[3]).T.to(rows)
 
 
+def _wide(gram: Tensor) -> Tensor:
+    """Return a copy in float64, on the CPU where the device has none."""
+    return (gram.cpu() if gram.device.type == "mps" else gram).to(torch.float64, copy=True)
+
+
 def _count_above(gram: Tensor, least: float) -> int:
-    """Count the eigenvalues above `least` by the signs of the pivots (Sylvester), for the price of a Cholesky factor."""
-    shifted = gram.clone()
-    shifted.diagonal().sub_(least)
-    factor, pivots = torch.linalg.ldl_factor(shifted)
+    """Count the eigenvalues above `least` by the signs of the pivots (Sylvester); `gram` is overwritten."""
+    gram.diagonal().sub_(least)
+    factor, pivots = torch.linalg.ldl_factor(gram)
     paired = pivots < 0  # these belong to blocks of two, each with one positive and one negative eigenvalue
     return int((factor.diagonal()[~paired] > 0).sum()) + int(paired.sum()) // 2
 
@@ -110,8 +127,8 @@ def input_space(gram: Float[Tensor, "in in"], *, exact: bool = True, cutoff: flo
     gram : Tensor of shape (in, in)
         C = X^T X, the sum over all tokens; any positive multiple gives the same adapter.
     exact : bool, default True
-        True diagonalises C in float64. False takes its Cholesky factor; where directions were never seen, that of
-        C + cut-off, and a smooth filter in place of the projection on what was seen.
+        True diagonalises C in float64. False takes the Cholesky factor of C + cut-off, and a filter that is smooth
+        about the cut-off in place of the projection on the directions that were seen.
     cutoff : float, optional
         Directions with an eigenvalue below this part of the largest one count as never seen. The default is an
         absolute bound on what rounding leaves in a sum kept in the dtype of `gram`: 16 eps tr(C) / sqrt(in), and
@@ -130,22 +147,18 @@ def input_space(gram: Float[Tensor, "in in"], *, exact: bool = True, cutoff: flo
     _check_gram(gram)
     if cutoff is not None and not 0.0 <= cutoff < 1.0:
         raise MethodError(f"cutoff = {cutoff}: a part of the largest eigenvalue, from 0 to below 1, is allowed.")
-    size = gram.shape[0]
-    wide = (gram.cpu() if gram.device.type == "mps" else gram).to(torch.float64, copy=True)
+    wide = _wide(gram)
     least = _smallest_seen(gram, wide, cutoff)
     if not bool(wide.any()):
-        return InputSpace(wide[:, :0], wide[:0], 0)
-    if not exact:
-        seen = _count_above(wide, least)
-        ridge = 0.0 if seen == size else least
-        wide.diagonal().add_(ridge)
+        return InputSpace(wide[:, :0], wide[:0], gram, least)
+    if not exact and least > 0:
+        wide.diagonal().add_(least)
         root, failed = torch.linalg.cholesky_ex(wide)
         if int(failed) == 0:
-            return InputSpace(root, None, seen, ridge)
-        wide.diagonal().sub_(ridge)
+            return InputSpace(root, None, gram, least, ridge=least)
+        wide.diagonal().sub_(least)
     root, inverse = linalg.whitening(wide, cutoff=least)
-    rank = root.shape[1]
-    return InputSpace(root, None if rank == size else inverse, rank)
+    return InputSpace(root, None if root.shape[1] == len(wide) else inverse, gram, least)
 
 
 def diagonal_space(scale: Float[Tensor, " in"]) -> InputSpace:
@@ -156,7 +169,7 @@ def diagonal_space(scale: Float[Tensor, " in"]) -> InputSpace:
         )
     alive = scale > 0
     inverse = torch.where(alive, 1 / scale.where(alive, torch.ones_like(scale)), torch.zeros_like(scale))
-    return InputSpace(scale, inverse, int(alive.sum()))
+    return InputSpace(scale, inverse)
 
 
 def _check_gram(gram: Tensor) -> None:
@@ -193,6 +206,28 @@ def _check_delta(delta: Tensor, rank: int) -> int:
     return min(rank, largest)
 
 
+def _leading(delta: Tensor, space: InputSpace, width: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+    """Return the leading left singular vectors and values of delta M by a range finder that never forms delta M."""
+    if space.root is None or space.root.ndim == 1:
+        return linalg.randomized_svd(
+            space.weigh(delta),
+            width,
+            oversample=_OVERSAMPLE,
+            power_iterations=_POWER_ITERATIONS,
+            generator=generator,
+        )[:2]
+    root = space.root.to(delta)
+    generator = torch.Generator().manual_seed(0) if generator is None else generator
+    sample = torch.randn(root.shape[1], width + _OVERSAMPLE, generator=generator, device=generator.device).to(delta)
+    basis = torch.linalg.qr(delta @ (root @ sample)).Q
+    for _ in range(_POWER_ITERATIONS):
+        sample = torch.linalg.qr(root.T @ (delta.T @ basis)).Q
+        basis = torch.linalg.qr(delta @ (root @ sample)).Q
+    _, values, inner = torch.linalg.svd(root.T @ (delta.T @ basis), full_matrices=False)
+    left = basis @ inner[:width].T
+    return linalg.fix_signs(left, left.T)[0], values[:width]
+
+
 def factorise(
     delta: Float[Tensor, "out in"],
     space: InputSpace,
@@ -208,17 +243,15 @@ def factorise(
     S_r^{-1} U_r^T delta (M M^+), A is computed as S_r^{-1/2} U_r^T delta with the unseen directions projected
     out: small eigenvalues of C are never divided by.
     """
-    weighed = space.weigh(delta)
-    width = min(rank, *weighed.shape)
-    if width == 0 or not bool(weighed.any()):
+    size = delta.shape[1] if space.root is None else space.root.shape[-1]
+    width = min(rank, delta.shape[0], size)
+    if width == 0 or not bool(delta.any()):
         return delta.new_zeros(rank, delta.shape[1]), delta.new_zeros(delta.shape[0], rank)
-    if exact:
-        left, values, _ = linalg.svd(weighed, rank=width)
+    if exact or width + _OVERSAMPLE >= min(delta.shape[0], size):
+        left, values, _ = linalg.svd(space.weigh(delta), rank=width)
     else:
-        left, values, _ = linalg.randomized_svd(
-            weighed, width, oversample=_OVERSAMPLE, power_iterations=_POWER_ITERATIONS, generator=generator
-        )
-    noise = values[0] * max(weighed.shape) * torch.finfo(weighed.dtype).eps
+        left, values = _leading(delta, space, width, generator)
+    noise = values[0] * max(delta.shape) * torch.finfo(delta.dtype).eps
     root = torch.where(values > noise, values, torch.zeros_like(values)).sqrt()
     inverse = torch.where(root > 0, 1 / root.where(root > 0, torch.ones_like(root)), torch.zeros_like(root))
     rows = left.T @ delta
@@ -257,8 +290,9 @@ def eora_layer(
     method : {"eora", "svd", "act_s"}, default "eora"
         "svd" ignores the inputs (M = 1); "act_s" weighs each input by its mean absolute value (M = diag(abs_mean)).
     exact : bool, optional
-        True: eigendecomposition and full SVD. False: Cholesky where C allows it, and a randomised range finder
-        (16 extra directions, 6 power iterations: within 1 % of the optimum on white noise) instead of the full SVD. Default: exact when min(out, in) <= 512.
+        True: eigendecomposition and full SVD. False: a Cholesky factor and a randomised range finder (16 extra
+        directions, 6 power iterations: within 1 % of the optimum even on white noise). Default: exact when
+        min(out, in) <= 512.
     cutoff : float, optional
         See `input_space`.
     unseen : {"skip", "correct"}, default "skip"
@@ -297,7 +331,7 @@ def eora_layer(
     if exact is None:
         exact = min(delta.shape) <= EXACT_BELOW
     if method == "svd":
-        space = InputSpace(None, None, delta.shape[1])
+        space = InputSpace(None)
     elif method == "act_s":
         if abs_mean is None:
             raise MethodError(

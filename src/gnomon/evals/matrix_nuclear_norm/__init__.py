@@ -1,16 +1,14 @@
-r"""Matrix nuclear-norm: how much a language model compresses a text, from its hidden states, without an SVD.
+"""Matrix nuclear-norm: how much a language model compresses a text, from its hidden states, without an SVD.
 
-**What it does.** For one text let $H$ (L tokens x d features) be the last hidden state, after the final norm.
-Centre it over the tokens, $C = H - \mu$, and bring each row to length 1, $R_i = C_i / \lVert C_i \rVert$.
-With the column norms $c_j = \sqrt{\sum_i R_{ij}^2}$ and $D = \min(L, d)$,
+**What it does.** For one text let H (L tokens x d features) be the last hidden state, after the final norm. Centre it
+over the tokens and bring each row to length 1; take the norms of the columns; add the D = min(L, d) largest:
 
-$$\mathrm{mnn} = \frac{1}{L} \sum_{j=1}^{D} c_{(j)} \quad\text{(the D largest)},$$
+    R_i = (H_i - mu) / ||H_i - mu||,   c_j = sqrt(sum_i R_ij^2),   mnn = (sum of the D largest c_j) / L
 
-an estimate of the nuclear norm $\lVert R \rVert_* / L$ that needs no singular values. Lower means that the
-states lie in fewer directions. The score of a corpus is the mean over its texts. With it come the measures of
-the spectrum of $R$: the exact nuclear norm per token, the matrix entropy $-\sum \lambda \log \lambda / \log
-d$ of $R^T R / L$, the effective rank (its exponential without the division), RankMe, and Diff-eRank
-(untrained minus trained).
+This estimates the nuclear norm of R per token without singular values. Lower means that the states lie in fewer
+directions. The score of a corpus is the mean over its texts. With it come the measures of the spectrum of R: the
+exact nuclear norm per token, the matrix entropy ME = -sum(lam log lam) / log d over the eigenvalues of R^T R / L, the
+effective rank exp(ME log d), RankMe, and Diff-eRank (effective rank untrained minus trained).
 
 **How to use it.**
 
@@ -24,21 +22,21 @@ answers = score_responses(model, tokenizer, instructions)            # the model
 ```
 
 **What the number means, and what it does not.** The score depends on L / d before it depends on anything learned:
-states without any preferred direction have $\mathrm{mnn\_iso} = \sqrt{\min(L, d) / \max(L, d)}$, which is 1 at L = d.
+states without any preferred direction have ``mnn_iso = sqrt(min(L, d) / max(L, d))``, which is 1 at L = d.
 So compare models of one width on texts of one length (`min_length = max_length`). Where that cannot be, compare
 `mnn_over_iso`, which takes out most of it but not all (for L < d it may exceed 1, and more so the shorter the text);
 reports warn where lengths or widths differ.
 
-For L >= d the score lies between $1/\sqrt L$ and $\sqrt{d/L}$ and is at least the exact nuclear norm per token; for
-L < d it lies between $1/\sqrt d$ and 1 and bounds nothing. It does not change when H is scaled, shifted by one vector
+For L >= d the score lies between 1/sqrt(L) and sqrt(d/L) and is at least the exact nuclear norm per token; for
+L < d it lies between 1/sqrt(d) and 1 and bounds nothing. It does not change when H is scaled, shifted by one vector
 for all tokens, or permuted in tokens or features. It does change when the feature axes are rotated; entropy,
 effective rank and the exact norm do not. That it falls as models get better holds within some published families
 only: on OpenWebText2 it falls for Cerebras-GPT, but rises from 14M to 160M parameters of Pythia, where matrix entropy
 falls throughout. On small models trained here it rises with width and quality, as L / d alone would have it.
 
-**Cost.** One pass for the mean and one for everything else, in blocks that stay in the cache: about five reads of H,
-a tenth of the equations written with one call each. Entropy, effective rank and the exact norm need the eigenvalues
-of an L x L or d x d matrix, about a hundred times as much (`spectra=False` leaves them out). Half-precision states are
+**Cost.** One pass for the mean and one for everything else, in blocks that stay in the cache: 4 to 6 times one read of
+H (0.4 ms for 512 x 2048 in float32 on one core). Entropy, effective rank and the exact norm need the eigenvalues of
+an L x L or d x d matrix, about a hundred times as much (`spectra=False` leaves them out). Half-precision states are
 brought to float32 first; float32 is within 1e-6 of float64, relative (1e-5 where the mean is a thousand times larger
 than what varies).
 

@@ -90,6 +90,7 @@ def apply_layernorm_scaling(
     Examples
     --------
     >>> from gnomon.common.models import tiny
+    >>> from gnomon.nn.layernorm_scaling import depth_scales
     >>> model = apply_layernorm_scaling(tiny("llama", num_layers=4))
     >>> [round(s, 4) for s in depth_scales(model)["model.layers.3.input_layernorm"]]
     [0.5]
@@ -321,7 +322,7 @@ def scale_init(model: PreTrainedModel, kind: Literal["scaled", "depth", "plain"]
     --------
     >>> from gnomon.common.models import tiny
     >>> model = scale_init(tiny("llama", num_layers=2), "scaled")
-    >>> round(float(model.model.layers[0].mlp.down_proj.weight.std()), 3)
+    >>> round(model.model.layers[0].mlp.down_proj.weight.std().item(), 3)
     0.01
     """
     if kind not in ("scaled", "depth", "plain"):

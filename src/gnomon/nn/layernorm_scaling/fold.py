@@ -77,6 +77,7 @@ def fold_layernorm_scaling(model: PreTrainedModel) -> Any:
     Examples
     --------
     >>> from gnomon.common.models import tiny
+    >>> from gnomon.nn.layernorm_scaling import apply_layernorm_scaling
     >>> model = fold_layernorm_scaling(apply_layernorm_scaling(tiny("llama")))
     >>> hasattr(model.config, "gnomon")
     False
