@@ -66,6 +66,8 @@ class Card:
         How recipes use it: `stages` it can join, `from_scratch` (needs random weights), `groups` (an
         optimizer's function of the model), `without` (options of the ablation arm), `fold` (exact conversion to a
         stock model), `check` (a function that checks options against a model before anything runs).
+    model_types : tuple of str
+        ``config.model_type`` of model classes that importing the method registers with transformers.
     """
 
     slug: str
@@ -78,9 +80,11 @@ class Card:
     claims: tuple[ClaimCard, ...] = ()
     conflicts: Mapping[str, str] = field(default_factory=dict)
     recipe: Mapping[str, Any] = field(default_factory=dict)
+    model_types: tuple[str, ...] = ()
 
 
-_TOP_KEYS = {"slug", "title", "lets_you", "pillar", "plugs", "entry", "paper", "claims", "conflicts", "recipe"}
+_NEEDED = ("slug", "title", "lets_you", "pillar", "plugs", "entry", "paper")
+_TOP_KEYS = {*_NEEDED, "claims", "conflicts", "recipe", "model_types"}
 _RECIPE_KEYS = {"stages", "from_scratch", "groups", "without", "fold", "check"}
 
 
@@ -112,7 +116,7 @@ def read_card(path: Path) -> Card:
     for keys, allowed, where in ((raw, _TOP_KEYS, ""), (raw.get("recipe", {}), _RECIPE_KEYS, "recipe.")):
         for key in sorted(set(keys) - allowed):
             raise ConfigError(f"{path.name}: unknown key '{where}{key}'. {nearest(key, allowed, noun='key')}")
-    for key in ("slug", "title", "lets_you", "pillar", "plugs", "entry", "paper"):
+    for key in _NEEDED:
         if key not in raw:
             raise ConfigError(f"{path.name}: the key '{key}' is missing. Every card needs it.")
     if raw["plugs"] not in KINDS:
@@ -125,7 +129,14 @@ def read_card(path: Path) -> Card:
     except TypeError as error:
         raise ConfigError(f"{path.name}: [paper] or [[claims]] has a missing or unknown key ({error}).") from error
     plain = {k: raw[k] for k in ("slug", "title", "lets_you", "pillar", "plugs", "entry")}
-    return Card(**plain, paper=paper, claims=claims, conflicts=raw.get("conflicts", {}), recipe=raw.get("recipe", {}))
+    return Card(
+        **plain,
+        paper=paper,
+        claims=claims,
+        conflicts=raw.get("conflicts", {}),
+        recipe=raw.get("recipe", {}),
+        model_types=tuple(raw.get("model_types", ())),
+    )
 
 
 @lru_cache(maxsize=1)

@@ -177,8 +177,8 @@ def test_a_padded_batch_equals_one_sequence_at_a_time(side, fill, cache_bytes, m
     assert together["length"].tolist() == [5, 12, 9, 2, 3]
     for k, row in enumerate(rows):
         assert float(together["mnn"][k]) == pytest.approx(mnn_by_definition(row), abs=1e-9)
-        for name, numbers in measure(row[None]).items():
-            assert float(together[name][k]) == pytest.approx(float(numbers[0]), abs=1e-9), name
+        for score in (nuclear_norm, matrix_entropy, effective_rank, rankme):
+            assert float(together[score.__name__][k]) == pytest.approx(float(score(row)), abs=1e-9), score.__name__
 
 
 def test_a_mask_with_holes_is_a_choice_of_rows():
@@ -245,6 +245,16 @@ def test_a_row_equal_to_the_mean_becomes_zero_and_is_reported():
     assert float(matrix_nuclear_norm(H)) == pytest.approx(float(expected), abs=1e-12)
     p = torch.linalg.svdvals(R).square() / 4
     assert float(effective_rank(H)) == pytest.approx(math.exp(-sum(float(x * x.log()) for x in p if x > 1e-12)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("cache_bytes", [1 << 20, 8])
+def test_a_row_that_rounds_to_the_mean_is_not_blown_up(dtype, cache_bytes, monkeypatch):
+    monkeypatch.setattr(measures, "CACHE_BYTES", cache_bytes)
+    H = torch.tensor([[1, 5, 3], [3, 1, 7], [2, 3, 5]], dtype=dtype) + 96  # the third is the mean; a third is inexact
+    assert column_norms(H[None]).zero_rows.tolist() == [1]
+    direction = torch.tensor([1.0, 2.0, 2.0]) / 3
+    assert float(matrix_nuclear_norm(H)) == pytest.approx(float(direction.sum()) * math.sqrt(2) / 3, rel=1e-6)
 
 
 def test_padding_alone_gives_nan_for_that_sequence_only():

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
+import subprocess
+import sys
 
 import peft
 import pytest
@@ -261,3 +263,11 @@ class TestMonitor:
     def test_a_step_of_zero_is_refused(self) -> None:
         with pytest.raises(MethodError, match=r"every = 0. It must be at least 1 optimizer step"):
             ResidualStreamMonitor(every=0)
+
+
+def test_the_own_class_loads_in_a_process_that_has_not_imported_the_method(tmp_path):
+    config = apply_layernorm_scaling(tiny("llama", num_layers=2).config)
+    LNSLlamaForCausalLM(config).save_pretrained(tmp_path / "m")
+    code = f"import gnomon; print(type(gnomon.load_model({str(tmp_path / 'm')!r})).__name__)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "LNSLlamaForCausalLM", done.stderr

@@ -14,6 +14,7 @@ from filelock import FileLock
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from gnomon import catalog
 from gnomon.common import corpora, surgery, text
 from gnomon.common.files import atomic_folder, cache_dir, content_hash
 from gnomon.common.layers import unwrap
@@ -149,6 +150,14 @@ def _model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     )
 
 
+def _register_type(where: str) -> None:
+    """Import the method whose own model class stands at this place, so that transformers knows it."""
+    model_type = PreTrainedConfig.get_config_dict(where)[0].get("model_type")
+    for card in catalog.methods():
+        if model_type in card.model_types:
+            catalog.load(card.slug)
+
+
 def _rebuilding(cls: type[PreTrainedModel], entries: list[dict[str, Any]]) -> type[PreTrainedModel]:
     """Return `cls` with the recorded surgery done at the end of its constructor, before weights are read."""
 
@@ -181,6 +190,7 @@ def load_model(path_or_hub_id: str | Path, **from_pretrained_kwargs: Any) -> Pre
     """
     where = str(path_or_hub_id)
     try:
+        _register_type(where)
         config = AutoConfig.from_pretrained(where)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(

@@ -87,7 +87,8 @@ def column_norms(
         else:
             rows = hidden[start] if whole else real_rows(hidden[start], mask[start])
             squares[part], zeros[part] = _long(rows.to(exact), at_once)
-    # Only float64 tells a row that equals the mean from one that rounds to it, and infinity from overflow.
+    # Only float64 tells a row that equals the mean from one that rounds to it, and infinity from overflow; here too
+    # come sequences whose padding holds NaN, which times its weight of 0 is NaN.
     doubtful = (zeros > 0) | ~torch.isfinite(squares.sum(1))
     for k in doubtful.nonzero()[:, 0].tolist():
         rows, zeros[k] = normalised(real_rows(hidden[k], mask[k]))
@@ -97,8 +98,6 @@ def column_norms(
 
 def _short(hidden: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """Sum the squares of several sequences that fit the cache together; count rows that round to the mean."""
-    if not mask.all():
-        hidden = hidden.masked_fill(~mask[..., None], 0)  # padding may hold anything, NaN too
     lengths = mask.sum(1, keepdim=True)
     mean = torch.bmm((mask.to(hidden.dtype) / lengths)[:, None], hidden)
     squares = mse_loss(hidden, mean.expand_as(hidden), reduction="none")
