@@ -61,16 +61,12 @@ def refinement(weight: torch.Tensor, inputs: LayerInputs, keep: torch.Tensor, ro
     check("loop over rows (extrapolated) over dsnot_layer", whole / medians["ours"], at_least=20)
 
     blocks = wanda_mask(weight, inputs, pattern="2:4")
-    compare(
-        "2:4",
-        {
-            "wanda_mask 2:4": lambda: wanda_mask(weight, inputs, pattern="2:4"),
-            "dsnot_layer 2:4": lambda: dsnot_layer(weight, inputs, blocks, pattern="2:4"),
-        },
-        ours="dsnot_layer 2:4",
-        peer="dsnot_layer 2:4",
-        rounds=rounds,
-    )
+    patterned = {
+        "wanda_mask 2:4": lambda: wanda_mask(weight, inputs, pattern="2:4"),
+        "dsnot_layer 2:4": lambda: dsnot_layer(weight, inputs, blocks, pattern="2:4"),
+    }
+    for name, seconds in measure(patterned, rounds=rounds).items():
+        print(f"  {name} {seconds * 1e3:.0f} ms")
 
 
 def wanda(weight: torch.Tensor, inputs: LayerInputs, rounds: int) -> None:

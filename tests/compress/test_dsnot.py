@@ -163,8 +163,8 @@ def test_any_shape_and_many_ties(
     rows: int, width: int, sparsity: float, cycles: int, levels: int, seed: int, same_sign: bool
 ) -> None:
     weight, x = layer(rows, width, seed=seed, sequences=2, tokens=5)
-    if levels:  # few distinct values: equal scores everywhere, contributions and inputs of exactly zero
-        weight, x = (weight * levels / 2).round(), (x * levels / 2).round()
+    if levels:  # few distinct values and columns: ties everywhere, contributions and inputs of exactly zero
+        weight, x = (weight * levels / 2).round(), (x * levels / 2).round()[..., torch.arange(width) % 3]
     inputs = LayerInputs.from_tensor(x)
     keep = wanda_mask(weight, inputs, sparsity)
     assert torch.equal(keep, wanda_definition(weight, x, sparsity))
@@ -183,7 +183,7 @@ def test_any_shape_and_many_ties(
 def test_any_block_shape_and_many_ties(blocks: int, pattern: str, levels: int, seed: int) -> None:
     weight, x = layer(5, blocks * int(pattern.split(":")[1]), seed=seed, sequences=2, tokens=5)
     if levels:
-        weight, x = (weight * levels / 2).round(), (x * levels / 2).round()
+        weight, x = (weight * levels / 2).round(), (x * levels / 2).round()[..., torch.arange(weight.shape[1]) % 3]
     inputs = LayerInputs.from_tensor(x)
     keep = wanda_mask(weight, inputs, pattern=pattern)
     assert torch.equal(keep, wanda_definition(weight, x, 0, pattern))
@@ -285,6 +285,16 @@ def test_scores_float32_cannot_tell_apart_are_ordered_as_in_float64() -> None:
     inputs = LayerInputs.from_tensor(q.sqrt().view(1, 1, 4))
     assert wanda_mask(torch.ones(1, 4), inputs, 0.25).tolist() == [[True, True, False, True]]
     assert wanda_mask(torch.ones(1, 4), inputs, 0.5).tolist() == [[False, True, False, True]]
+
+
+@pytest.mark.parametrize(("scale", "score"), [(1.0, 1.0), (1e-22, 1000.5 * 2.0**-149)])
+def test_rows_of_scores_that_are_nearly_equal_are_ordered_as_in_float64(scale: float, score: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = (torch.rand(1, 1, 64, generator=generator, dtype=torch.float64) + 0.5) * scale
+    weight = (score / x[0]).float().repeat(50, 1) * (1 + 1e-7 * torch.randn(50, 64, generator=generator))
+    inputs = LayerInputs.from_tensor(x)
+    for sparsity in (0.1, 0.5, 0.9):
+        assert torch.equal(wanda_mask(weight, inputs, sparsity), wanda_definition(weight, x, sparsity))
 
 
 def test_the_scale_rule() -> None:

@@ -378,23 +378,24 @@ def test_quantised_adapters_lose_little_and_less_with_error_feedback():
     assert loss(4, "gptq") < loss(3, "gptq") < loss(2, "gptq")
 
 
-def test_error_feedback_equals_its_definition():
+@pytest.mark.parametrize("size", [10, 140])  # the second is worked on in two blocks of columns
+def test_error_feedback_equals_its_definition(size):
     """Round a column, solve for the best change of the columns to come, go on."""
-    delta, x = problem(6, 10, tokens=60)
+    delta, x = problem(6, size, tokens=3 * size)
     gram = x.T @ x
-    damped = gram + 0.01 * gram.diagonal().mean() * torch.eye(10, dtype=torch.float64)
+    damped = gram + 0.01 * gram.diagonal().mean() * torch.eye(size, dtype=torch.float64)
     A = delta[:4]
     work, wanted = A.clone(), torch.zeros_like(A)
     low, high = work.amin(1, keepdim=True).clamp(max=0), work.amax(1, keepdim=True).clamp(min=0)
     scale = (high - low) / 15
     zero = (-low / scale).round()
-    for j in range(10):
+    for j in range(size):
         column = work[:, j : j + 1]
         wanted[:, j : j + 1] = scale * (((column / scale).round() + zero).clamp(0, 15) - zero)
         error = column - wanted[:, j : j + 1]
-        rest = list(range(j + 1, 10))
-        if rest:
-            work[:, rest] += error @ torch.linalg.solve(damped[rest][:, rest], damped[rest][:, [j]]).T
+        rest = slice(j + 1, size)
+        if j + 1 < size:
+            work[:, rest] += error @ torch.linalg.solve(damped[rest, rest], damped[rest, j : j + 1]).T
     found, _ = quantise_adapter(A, delta[:, :4], gram, 4, group_size=-1)
     torch.testing.assert_close(found, wanted)
 

@@ -230,6 +230,19 @@ def test_diff_erank_is_a_difference_on_the_same_texts(tokenizer):
         diff_erank(a, representation_report(wide, tokenizer, TEXTS))
 
 
+def test_width_alone_moves_the_score_of_untrained_models(tokenizer):
+    """The published fall with model size appears without any training: the score peaks where width equals length."""
+    text = "".join(chr(33 + (7 * k * k + k) % 90) for k in range(96))
+    at = {
+        width: representation_report(
+            tiny("llama", vocab_size=257, num_layers=1, hidden_size=width), tokenizer, [text], spectra=False
+        ).mean()
+        for width in (32, 96, 384)
+    }
+    assert at[96] > at[32] + 0.1
+    assert at[96] > at[384] + 0.1
+
+
 def test_progress_counts_texts(tokenizer):
     seen = []
     representation_report(llama(), tokenizer, TEXTS, batch_size=2, on_progress=lambda *n: seen.append(n))

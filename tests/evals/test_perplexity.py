@@ -23,7 +23,8 @@ from transformers import (
 )
 
 from gnomon.errors import DataError, MethodError, ModelError
-from gnomon.evals.perplexity import Perplexity, _interval, perplexity
+from gnomon.evals import Perplexity, perplexity
+from gnomon.evals.perplexity import _interval
 
 VOCAB = 50
 

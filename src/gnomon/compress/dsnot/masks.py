@@ -218,6 +218,7 @@ def freeze_masks(model: nn.Module, masks: Mapping[str, Bool[Tensor, "out in"]] |
     Examples
     --------
     >>> from gnomon.common.models import tiny
+    >>> from gnomon.compress.dsnot import prune
     >>> model = prune(tiny(num_layers=1), method="magnitude", sparsity=0.5)
     >>> with freeze_masks(model):
     ...     "model.layers.0.mlp.up_proj.weight" in model.state_dict()

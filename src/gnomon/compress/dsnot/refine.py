@@ -179,6 +179,7 @@ def dsnot_layer(
 
     Examples
     --------
+    >>> from gnomon.compress.dsnot import magnitude_mask
     >>> x = torch.randn(4, 16, 8, generator=torch.Generator().manual_seed(0)) + 1
     >>> inputs = LayerInputs.from_tensor(x)
     >>> weight = torch.eye(8)

@@ -134,7 +134,7 @@ class Compensation:
             decay_over = total if self.options.accumulation == "decay" else None
             self._observers = {name: Observer(masks, decay_over) for name in self.dense}
         with self._dense_in_place():
-            walk_blocks(self.base, batches, self._visit, sequential=False, batch_size=self.options.batch_size)
+            walk_blocks(self.base, batches, self._visit, batch_size=self.options.batch_size)
         self._warn()
 
     @contextmanager

@@ -162,7 +162,16 @@ def eora(
     8
     """
     options = Options(
-        method, accumulation, unseen, exact, cutoff, adapter_bits, adapter_group_size, gradient_steps, batch_size, seed
+        method=method,
+        accumulation=accumulation,
+        unseen=unseen,
+        exact=exact,
+        cutoff=cutoff,
+        adapter_bits=adapter_bits,
+        adapter_group_size=adapter_group_size,
+        gradient_steps=gradient_steps,
+        batch_size=batch_size,
+        seed=seed,
     )
     wanted = _dtype(compressed_model, dtype)
     dense = block_linears(original_model)
@@ -183,6 +192,30 @@ def eora(
             parameter.requires_grad_(trainable[name])
         raise
     return model
+
+
+def check_options(
+    model: PreTrainedModel,
+    *,
+    rank: int = 128,
+    targets: str | list[str] = "all-linear",
+    rank_pattern: dict[str, int] | None = None,
+    dtype: str | torch.dtype | None = None,
+    **others: Any,
+) -> None:
+    """Check the options of `eora` against a model before anything runs.
+
+    Raises
+    ------
+    MethodError, ModelError
+        As `eora`.
+    """
+    Options(**{name: value for name, value in others.items() if name in Options.__dataclass_fields__})
+    _dtype(model, dtype)
+    dense = block_linears(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what `eora` warns of it says when it runs
+        layer_ranks(dense, resolve_targets(dense, targets), rank, rank_pattern)
 
 
 def _dense_weights(

@@ -167,8 +167,8 @@ def representation_report(
     --------
     >>> from gnomon.common.models import workbench
     >>> bench = workbench()
-    >>> report = representation_report(bench.model, bench.tokenizer, ["def area(r):\\n    return 3.14 * r *
-    r"]) >>> 0 < report.mean("mnn") <= 1
+    >>> report = representation_report(bench.model, bench.tokenizer, ["def area(r): return 3.14 * r * r"])
+    >>> 0 < report.mean("mnn") <= 1
     True
     """
     base = _checked_base(model)
