@@ -15,7 +15,6 @@ settings.load_profile("gnomon")
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # tests share the cores with each other
 
 DATA_ROOT = Path(os.environ.get("GNOMON_SHARED_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 

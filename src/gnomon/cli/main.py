@@ -5,7 +5,6 @@ Exit codes: 0 done, 2 the user's mistake (one clear message), 1 a fault of gnomo
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -135,8 +134,6 @@ def claims_table(
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; the user's mistakes become one message and exit code 2."""
-    # Threads that spin at every barrier slow a run tenfold when another program takes a core; read when torch loads.
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     try:
         code: Any = app(arguments, standalone_mode=False)
     except KeyboardInterrupt:

@@ -50,7 +50,10 @@ class Budget:
         share = 0.5 if self.block is None else self.block[0] / self.block[1]
         self.sparsity = share if sparsity is None else float(sparsity)
         if not 0 <= self.sparsity < 1:
-            raise MethodError(f"sparsity = {sparsity}. Allowed is 0 <= sparsity < 1: the share of weights set to zero.")
+            raise MethodError(
+                f"sparsity = {sparsity}. Allowed is 0 <= sparsity < 1: the share of weights set to zero. (In YAML a "
+                "pattern such as '2:4' needs its quotes; without them it is read as a number.)"
+            )
         if self.block is not None and not math.isclose(self.sparsity, share):
             raise MethodError(
                 f"sparsity = {sparsity} contradicts pattern = {pattern!r}, which prunes {share:g}. Leave sparsity out."
