@@ -112,7 +112,7 @@ def mini(tmp_path):
         "model": {"architecture": "llama", "size": "nano", "vocab_size": 300, "options": {"num_layers": 2}},
         "data": {"corpus": "text.txt", "context": 32},
         "stages": [
-            {"train": {"tokens": 12_000, "batch_size": 4, "checkpoint_every": 5}},
+            {"train": {"tokens": 40_000, "batch_size": 4, "checkpoint_every": 10}},
             {"evaluate": {"metrics": ["perplexity"], "tokens": 500}},
         ],
     }
@@ -169,7 +169,8 @@ def test_killed_in_training_and_started_again_equals_a_run_never_killed(mini):
 
 @pytest.mark.slow
 def test_ctrl_c_says_how_to_go_on(mini):
-    process = _start(mini, "run", "mini.yaml", "--out", "r", start_new_session=True)
+    # Long enough that it cannot end before the signal comes.
+    process = _start(mini, "run", "mini.yaml", "--out", "r", "--set", "train.tokens=2000000", start_new_session=True)
     _wait_for_checkpoint(mini / "r")
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=120)

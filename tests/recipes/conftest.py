@@ -54,4 +54,3 @@ def small_recipe(text_file) -> dict:
 def recipe(small_recipe) -> dict:
     """The same; change it as you like."""
     return copy.deepcopy(small_recipe)
-
