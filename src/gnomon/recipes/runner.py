@@ -5,27 +5,25 @@ from __future__ import annotations
 import json
 import logging
 import time
-import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
 from gnomon import __version__
 from gnomon.common.environment import environment
 from gnomon.common.files import content_hash, write_json
 from gnomon.common.layers import family, unwrap
-from gnomon.common.memory import PeakMemory, tensor_bytes
+from gnomon.common.memory import PeakMemory
 from gnomon.common.models import export_model, load_model, save_model
-from gnomon.common.ranks import ranks
+from gnomon.common.ranks import agree, ranks
 from gnomon.errors import ModelError
 from gnomon.progress import Progress, duration, quiet
 from gnomon.recipes.arms import Arm, arms_of, differences
+from gnomon.recipes.measuring import depth_of, noted_warnings, size_of
 from gnomon.recipes.options import check_recipe
 from gnomon.recipes.prepare import build_model, check_methods, prepare_data, source_hash
 from gnomon.recipes.schema import EvaluateStage, Recipe, Stage
@@ -219,20 +217,6 @@ def _run_arm(state: _Run, arm: Arm, seed: int) -> None:
     state.publish()
 
 
-@contextmanager
-def _noted_warnings(notes: list[str]) -> Iterator[None]:
-    """Put gnomon's own warnings into the run, once each; those of other libraries go on their way."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        yield
-    for found in caught:
-        if found.category.__module__.startswith("gnomon"):
-            if str(found.message) not in notes:
-                notes.append(str(found.message))
-        else:
-            warnings.warn_explicit(found.message, found.category, found.filename, found.lineno)
-
-
 def _label(state: _Run, arm: Arm, seed: int, kind: str) -> str:
     parts = [] if arm.name == "all" and not state.recipe.ablate else [arm.name]
     if state.recipe.seeds > 1:
@@ -280,16 +264,16 @@ def _compute(
     if kind != "merge" or ranks().is_main_process:
         context = _context(state, arm, seed, kind, key, source)
         started = time.monotonic()
-        with PeakMemory() as memory, _noted_warnings(state.run["warnings"]):
+        with PeakMemory() as memory, noted_warnings(state.run["warnings"]):
             model, details = run_stage(kind, stage, source(), context)
         if ranks().is_main_process:
             if kind == "train":
-                details["depth"] = _depth(model, state.data)
+                details["depth"] = depth_of(model, state.data)
             save_model(model, state.store.stage(key) / "model", state.data.tokenizer)
             result = {
                 "seconds": round(time.monotonic() - started, 3),
                 "peak_memory_bytes": memory.peak,
-                **_size(model),
+                **size_of(model),
                 "details": details,
             }
             write_json(state.store.stage(key) / "result.json", result)
@@ -304,8 +288,7 @@ def _run_stage(
     state: _Run, arm: Arm, seed: int, index: int, chain: list[tuple[str, Stage, str, str]]
 ) -> dict[str, Any]:
     kind, stage, _, key = chain[-1]
-    ranks().wait_for_everyone()
-    result = state.store.result(key)
+    result = agree(state.store.result(key))
     skipped = result is not None
     if result is None:
         result = _compute(
@@ -336,7 +319,7 @@ def _start_row(state: _Run, arm: Arm, seed: int, key: str) -> dict[str, Any]:
     state.windows[(arm.name, seed)] = windows
     file = state.store.stage(key) / "size.json"
     if ranks().is_main_process and not file.is_file():
-        write_json(file, _size(_start_model(state, seed)))
+        write_json(file, size_of(_start_model(state, seed)))
     ranks().wait_for_everyone()
     return {
         "index": -1,
@@ -364,39 +347,17 @@ def _measure(
     model: Any = None
     for stage in asked:
         question = stage.model_dump(mode="json", by_alias=True)
-        answer = state.store.measured(key, question)
-        if answer is None and ranks().is_main_process:
-            model = model if model is not None else source()
-            with _noted_warnings(state.run["warnings"]):
-                answer = evaluate(stage, model, _context(state, arm, seed, "evaluate", key, source))
-            state.store.keep_measured(key, question, answer)
-        ranks().wait_for_everyone()
-        answer = answer or state.store.measured(key, question) or {"metrics": {}, "windows": {}}
+        answer = agree(state.store.measured(key, question))
+        if answer is None:
+            model = model if model is not None else source()  # on all ranks: it may have to be trained again
+            if ranks().is_main_process:
+                with noted_warnings(state.run["warnings"]):
+                    answer = evaluate(stage, model, _context(state, arm, seed, "evaluate", key, source))
+                state.store.keep_measured(key, question, answer)
+            answer = agree(answer)
         metrics |= answer["metrics"]
         windows = answer["windows"] or windows
     return metrics, windows
-
-
-def _size(model: Any) -> dict[str, int]:
-    """Parameters, those that are not zero, and bytes; adapters count."""
-    parameters = list(model.parameters())
-    return {
-        "parameters": sum(p.numel() for p in parameters),
-        "nonzero_parameters": sum(int(torch.count_nonzero(p)) for p in parameters),
-        "size_bytes": tensor_bytes(model),
-    }
-
-
-def _depth(model: Any, data: Prepared) -> list[dict[str, float]]:
-    """Variance of the residual stream after every block, on a few validation rows."""
-    from gnomon.common.corpora import windows
-    from gnomon.common.depth import residual_variance
-
-    try:
-        values = residual_variance(model, [{"input_ids": windows(data.valid_tokens, data.context)[:16]}])
-    except ModelError:
-        return []
-    return [{"block": i, "variance": float(v)} for i, v in enumerate(values)]
 
 
 def _publish_models(state: _Run) -> None:
