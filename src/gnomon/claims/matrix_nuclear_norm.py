@@ -2,8 +2,8 @@
 
 The models are byte-level Llamas of two blocks and width 32, 64 and 128, trained on the same bytes; wider ones reach a
 lower loss (about 2.6, 2.4 and 2.1 nats per byte). They are measured on windows of 96 bytes, so the two small ones have
-more tokens than features and the large one fewer. The relations compare the two ends of the family, as the paper's
-tables are monotone in neither measure throughout.
+more tokens than features and the large one fewer. For the score the two ends of the family are compared, since the
+paper's own tables of it are not monotone; for matrix entropy, which falls throughout there, every step.
 
 The cost is taken against matrix entropy as its authors compute it (every singular value of the d x d covariance) and
 against the same number from the smaller Gram matrix, which is the fair comparison.
@@ -120,7 +120,7 @@ def falls_with_quality(arm: str, seed: int, scale: str) -> float:
 
 @experiment(
     arms=tuple(WIDTHS),
-    relation="width_128 < width_32",
+    relation=("width_64 < width_32", "width_128 < width_64"),
     unit="matrix entropy, mean over texts",
     paper={"width_128": 0.5463, "width_32": 0.6527},
 )
