@@ -64,7 +64,7 @@ def test_version_help_and_wrong_usage(capsys):
         (("run", "quikstart"), "Did you mean 'quickstart'"),
         (("run", "quickstart", "--set", "fira.rnk=3", "--dry-run"), "unknown option 'rnk'. Did you mean 'rank'"),
         (("run", "quickstart", "--set", "nonsense"), "write it as key=value"),
-        (("run", "squeeze", "--set", "data=/no/such.txt"), "there is no such file"),
+        (("run", "squeeze", "--set", "model=x", "--set", "data=/no/such.txt"), "there is no such file"),
         (("claims", "run"), "Name the methods whose claims to run, or --all"),
         (("claims", "run", "fira", "--all"), "not both"),
         (("claims", "run", "fira", "--seeds", "2"), "at least 3 seeds"),

@@ -145,8 +145,8 @@ def load(
     Parameters
     ----------
     source : str
-        ``"python-docs"``; a file ending in ``.txt``, ``.jsonl`` or ``.parquet`` (``.gz`` allowed for the first
-        two); or the id of a hub dataset, read through `datasets`.
+        ``"python-docs"``; a file ending in ``.txt``, ``.md``, ``.jsonl``, ``.parquet``, ``.txt.gz`` or
+        ``.jsonl.gz``; or the id of a hub dataset, read through `datasets`.
     text_field : str, optional
         The column that holds the text; default ``"text"``, or the only text column.
     split : str, default "train"
@@ -225,13 +225,14 @@ def _open(path: Path) -> IO[bytes]:
 
 def _read_file(path: Path, text_field: str | None) -> tuple[list[str], list[Quarantined]]:
     kind = "".join(path.suffixes[-2:]) if path.suffix == ".gz" else path.suffix
-    readers = {".txt": _txt, ".txt.gz": _txt, ".jsonl": _jsonl, ".jsonl.gz": _jsonl}
+    readers = {".txt": _txt, ".md": _txt, ".txt.gz": _txt, ".jsonl": _jsonl, ".jsonl.gz": _jsonl}
     try:
         if kind == ".parquet":
             return _parquet(path, text_field)
         if kind not in readers:
             raise DataError(
-                f"files ending in {kind or 'nothing'!r} are not read. Allowed: .txt, .jsonl (both also .gz), .parquet.",
+                f"files ending in {kind or 'nothing'!r} are not read. "
+                "Allowed: .txt, .md, .jsonl, .parquet, .txt.gz, .jsonl.gz.",
                 file=path,
             )
         with _open(path) as file:

@@ -268,6 +268,12 @@ class Recipe(Strict):
             raise ConfigError(_explain(error, where)) from error
 
 
+_HOW_TO_GIVE = {
+    "model": "; write it into the recipe, or give --set model=FOLDER_OR_HUB_ID",
+    "data": "; write it into the recipe, or give --set data=TEXT_FILE",
+}
+
+
 def _explain(error: ValidationError, where: str) -> str:
     lines = []
     for item in error.errors():
@@ -278,7 +284,7 @@ def _explain(error: ValidationError, where: str) -> str:
             tag = item["ctx"]["tag"]
             message = f"there is no stage {tag!r}. {nearest(tag, STAGE_KINDS, noun='stage')}"
         elif item["type"] == "missing":
-            message = "this key is missing"
+            message = "this key is missing" + _HOW_TO_GIVE.get(parts[0] if len(parts) == 1 else "", "")
         elif item["type"] not in ("value_error",):
             message = f"{message} (value seen: {item['input']!r})"
         lines.append(f"{'.'.join(parts)}: {message}" if parts else message)
