@@ -6,7 +6,16 @@ import difflib
 from collections.abc import Iterable
 from pathlib import Path
 
-__all__ = ["ConfigError", "DataError", "GnomonError", "MethodError", "ModelError", "NoEffectWarning", "nearest"]
+__all__ = [
+    "ConfigError",
+    "DataError",
+    "GnomonError",
+    "GnomonWarning",
+    "MethodError",
+    "ModelError",
+    "NoEffectWarning",
+    "nearest",
+]
 
 
 class GnomonError(ValueError):
@@ -45,7 +54,11 @@ class MethodError(GnomonError):
     """An argument a method cannot work with: a rank, a sparsity, a shape, a tensor that is not finite."""
 
 
-class NoEffectWarning(UserWarning):
+class GnomonWarning(UserWarning):
+    """Something allowed that the user should know of; a run puts it into its report."""
+
+
+class NoEffectWarning(GnomonWarning):
     """A call that was allowed but changed nothing."""
 
 

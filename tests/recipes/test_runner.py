@@ -285,3 +285,12 @@ def test_a_fault_in_a_method_names_it_and_leaves_no_half_stage(recipe, tmp_path,
         run_recipe(load_recipe(recipe), out=tmp_path / "r")
     assert json.loads((tmp_path / "r" / "run.json").read_text())["status"] == "failed"
     assert not list((tmp_path / "r").rglob("result.json"))
+
+
+def test_a_rank_above_the_matrix_is_lowered_and_the_run_says_so(recipe, tmp_path, recwarn):
+    recipe["stages"][0]["train"]["tokens"] = 500
+    run = run_recipe(load_recipe(recipe, {"fira.rank": 999, "eora.rank": 999}), out=tmp_path / "r").run
+    notes = [w for w in run["warnings"] if "999" in w]
+    assert any("rank = 999 is above the smaller dimension" in w for w in notes), "the optimizer says it"
+    assert any("exceeds min(out, in)" in w for w in notes), "the adapter says it"
+    assert not [w for w in recwarn if "999" in str(w.message)], "in the run, not on the terminal"

@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.trainer_utils import check_target_module_exists
 
 from gnomon.common.projection import PROJ_TYPES
-from gnomon.errors import MethodError, ModelError, nearest
+from gnomon.errors import GnomonWarning, MethodError, ModelError, nearest
 
 __all__ = ["PROJECTION_DEFAULTS", "check_hyperparameters", "check_projected_group", "split_parameters"]
 
@@ -157,6 +157,7 @@ def check_projected_group(
     warnings.warn(
         f"rank = {group['rank']} is above the smaller dimension of {name(above)} {tuple(above.shape)}; "
         "such matrices use their full rank.",
+        GnomonWarning,
         stacklevel=6,
     )
     return True

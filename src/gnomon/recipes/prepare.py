@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -155,13 +156,15 @@ def check_methods(recipe: Recipe, model: Any) -> None:
     ConfigError
         With the place in the recipe and what the method says.
     """
-    for index, (kind, stage) in enumerate(recipe.steps):
-        for use in getattr(stage, "methods", []) or getattr(stage, "metrics", []):
-            card = None if use.uses in BUILTIN_METRICS else catalog.get(use.uses)
-            try:
-                if card is not None and "check" in card.recipe:
-                    catalog.resolve(card.recipe["check"])(model, **use.with_)
-                elif card is not None and card.plugs == "optimizer" and isinstance(stage, TrainStage):
-                    build_optimizer(stage, model)  # its state is made at the first step, so this costs nothing
-            except (MethodError, ModelError) as error:
-                raise ConfigError(f"stages.{index}.{kind} ({use.uses}): {error}") from error
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a method says it again when it runs, and then it is noted
+        for index, (kind, stage) in enumerate(recipe.steps):
+            for use in getattr(stage, "methods", []) or getattr(stage, "metrics", []):
+                card = None if use.uses in BUILTIN_METRICS else catalog.get(use.uses)
+                try:
+                    if card is not None and "check" in card.recipe:
+                        catalog.resolve(card.recipe["check"])(model, **use.with_)
+                    elif card is not None and card.plugs == "optimizer" and isinstance(stage, TrainStage):
+                        build_optimizer(stage, model)  # its state is made at the first step, so this costs nothing
+                except (MethodError, ModelError) as error:
+                    raise ConfigError(f"stages.{index}.{kind} ({use.uses}): {error}") from error

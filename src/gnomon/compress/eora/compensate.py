@@ -26,7 +26,7 @@ from gnomon.compress.eora.layer import (
 )
 from gnomon.compress.eora.pairing import DenseLayer, compressed_weight
 from gnomon.compress.eora.rounding import check_bits, quantise_adapter
-from gnomon.errors import MethodError, ModelError, NoEffectWarning, nearest
+from gnomon.errors import GnomonWarning, MethodError, ModelError, NoEffectWarning, nearest
 
 __all__ = ["METHODS", "Compensation", "OnLayer", "Options"]
 
@@ -263,6 +263,7 @@ class Compensation:
             warnings.warn(
                 f"{len(self.idle)} layers saw no token of the calibration set and get no adapter, for example "
                 f"{self.idle[0]!r}. Use more or other calibration text to reach every expert.",
+                GnomonWarning,
                 stacklevel=4,
             )
         if self._short:
@@ -271,6 +272,7 @@ class Compensation:
                 f"{len(self._short)} layers were calibrated with fewer tokens than they have inputs; {name!r} saw "
                 f"{known} of {size} directions (its effective rank). The others "
                 f"{'get no correction' if self.options.unseen == 'skip' else 'are corrected unseen'}.",
+                GnomonWarning,
                 stacklevel=4,
             )
         if not self._repaired:

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gnomon.common import linalg
-from gnomon.errors import MethodError, nearest
+from gnomon.errors import GnomonWarning, MethodError, nearest
 
 __all__ = ["EXACT_BELOW", "METHODS", "InputSpace", "eora_layer", "factorise", "input_space", "output_error"]
 
@@ -201,6 +201,7 @@ def _check_delta(delta: Tensor, rank: int) -> int:
         warnings.warn(
             f"rank = {rank} exceeds min(out, in) = {largest} of a layer of shape {tuple(delta.shape)}; rank {largest} "
             "already repairs it wholly and is used.",
+            GnomonWarning,
             stacklevel=3,
         )
     return min(rank, largest)

@@ -25,7 +25,7 @@ from gnomon.compress.eora.pairing import (
     resolve_targets,
     update_config,
 )
-from gnomon.errors import MethodError, ModelError
+from gnomon.errors import GnomonWarning, MethodError, ModelError
 
 __all__ = ["eora", "initialize_eora"]
 
@@ -45,6 +45,7 @@ def _warn_of_fused_experts(model: nn.Module) -> None:
             warnings.warn(
                 f"{name!r} holds the weights of several experts in one tensor; it is no linear layer and is not "
                 "compensated. The attention layers are.",
+                GnomonWarning,
                 stacklevel=3,
             )
             return

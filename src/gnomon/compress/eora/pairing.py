@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from gnomon.common.layers import backbone, decoder_blocks, family, linear_layers, unwrap, weight_of
-from gnomon.errors import MethodError, ModelError, nearest
+from gnomon.errors import GnomonWarning, MethodError, ModelError, nearest
 
 __all__ = [
     "DenseLayer",
@@ -180,6 +180,7 @@ def layer_ranks(
         warnings.warn(
             f"rank {wanted[first]} exceeds min(out, in) of {len(lowered)} layers and is lowered there, for example to "
             f"{ranks[first]} for {first!r}: at that rank the error is repaired wholly.",
+            GnomonWarning,
             stacklevel=3,
         )
     if not ranks:

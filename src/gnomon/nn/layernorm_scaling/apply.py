@@ -11,7 +11,7 @@ from transformers import LlamaConfig, PreTrainedConfig, PreTrainedModel
 
 from gnomon.common import surgery
 from gnomon.common.layers import backbone, family, unwrap
-from gnomon.errors import MethodError, ModelError, nearest
+from gnomon.errors import GnomonWarning, MethodError, ModelError, nearest
 from gnomon.nn.layernorm_scaling.fold import write_factors
 from gnomon.nn.layernorm_scaling.gains import untouched_gain
 from gnomon.nn.layernorm_scaling.hooks import Restart, attach, attached
@@ -220,7 +220,7 @@ def _warn_of_company(model: PreTrainedModel, found: Sequence[Block], kind: str, 
         warnings.warn(
             f"{family(model)!r} blocks have a norm behind each sub-layer as well. It is not scaled, and it undoes "
             "most of the scale in front: the growth of the residual stream stays. position='branch' scales behind it.",
-            UserWarning,
+            GnomonWarning,
             stacklevel=3,
         )
     if kind == "depth" and not preserve and initialised_by_depth(model, found):
@@ -228,7 +228,7 @@ def _warn_of_company(model: PreTrainedModel, found: Sequence[Block], kind: str, 
             f"The output projections of this {family(model)!r} model were initialised smaller by depth (1/sqrt(2L) or "
             "1/sqrt(2l)). Together with LayerNorm scaling that costs 0.04 to 0.44 perplexity in the paper. "
             f"Initialise them like the other layers (scale_init(model, 'plain')).",
-            UserWarning,
+            GnomonWarning,
             stacklevel=3,
         )
 
