@@ -37,16 +37,17 @@ def test_the_markdown_table(tmp_path: Path) -> None:
     markdown, _ = written(tmp_path, ledger_json())
     found = rows(markdown)
     assert [row[0] for row in found] == ["eora", "fira", "layernorm-scaling", "matrix-nuclear-norm"]
-    assert all(len(row) == 6 for row in found)
+    assert all(len(row) == 7 for row in found)
     fira = found[1]
     assert fira[1] == "lower loss than GaLore at the same optimizer memory"
     assert fira[2] == "LLaMA-60M on C4: perplexity 31.06 against 34.88"
-    assert fira[3] == (
+    assert fira[3] == "small"
+    assert fira[4] == (
         "fira 2.825 (2.812 to 2.834)<br>galore 3.008 (2.987 to 3.026)<br>validation loss, nats per token"
     )
-    assert fira[4] == "fira &lt; galore by 0.12: +0.183 (+0.153 to +0.199)"
-    assert fira[5] == "**reproduced**"
-    assert found[3][3] == "small 0.558<br>large 0.923<br>mnn"  # one seed has no range
+    assert fira[5] == "fira &lt; galore by 0.12: +0.183 (+0.153 to +0.199)"
+    assert fira[6] == "**reproduced**"
+    assert found[3][4] == "small 0.558<br>large 0.923<br>mnn"  # one seed has no range
     assert (
         "4 claims of 4 methods measured again: 1 reproduced, 1 same direction, 1 not visible at this scale and "
         "1 contradicted." in markdown
@@ -77,7 +78,7 @@ def test_several_relations_stand_in_one_row(tmp_path: Path) -> None:
         {"text": "fira < adam", "gap": -0.1, "low": None, "high": None, "margin": 0.0, "verdict": "contradicted"}
     )
     markdown, page = written(tmp_path, raw)
-    assert rows(markdown)[0][4].endswith("<br>fira &lt; adam: −0.100")
+    assert rows(markdown)[0][5].endswith("<br>fira &lt; adam: −0.100")
     assert "1 claim of 1 method measured again" in markdown
     assert len(page.all("svg", class_="bar")) == 1  # no interval, no drawing
 
@@ -101,7 +102,7 @@ def test_an_empty_and_a_thin_ledger(tmp_path: Path) -> None:
     markdown, page = written(tmp_path, {"format": 1, "entries": [{"slug": "x", "verdict": "new word"}, 3]})
     assert "1 new word" in markdown
     assert "entries\\[1\\]: expected an object, found a number" in markdown
-    assert rows(markdown)[0] == ["x", "", "", "not measured", "–", "**new word**"]
+    assert rows(markdown)[0] == ["x", "", "", "", "not measured", "–", "**new word**"]
     assert "new word" in page.text
 
 
@@ -115,7 +116,7 @@ def test_hostile_texts_stay_text(tmp_path: Path) -> None:
     entry["relations"][0]["text"] = nasty
     raw["environment"] = {nasty: nasty}
     markdown, page = written(tmp_path, raw)
-    assert all(len(row) == 6 for row in rows(markdown))
+    assert all(len(row) == 7 for row in rows(markdown))
     assert len(rows(markdown)) == 4
     assert "<img" not in markdown
     assert "<script" not in markdown

@@ -235,8 +235,8 @@ def markdown(ledger: Ledger) -> str:
         "A gap above zero lies in the direction of the claim. Figures in brackets: range over the seeds for an arm, "
         "bootstrap interval for a gap.",
         "",
-        "| Method | Claim | Paper | Measured here | Gap | Verdict |",
-        "|---|---|---|---|---|---|",
+        "| Method | Claim | Paper | Scale | Measured here | Gap | Verdict |",
+        "|---|---|---|---|---|---|---|",
     ]
     lines += [_markdown_row(entry) for entry in ledger.entries]
     lines += [""]
@@ -260,6 +260,7 @@ def _markdown_row(entry: Entry) -> str:
         escaped(entry.slug) or words.NOT_RECORDED,
         escaped(entry.says) or escaped(entry.id),
         escaped(entry.paper_figure),
+        escaped(entry.scale),
         ("<br>".join(measured) or "not measured") + unit,
         "<br>".join(gaps) or words.NOT_RECORDED,
         f"**{escaped(entry.verdict)}**" if entry.verdict else "no verdict",
