@@ -43,7 +43,7 @@ def stage_rows(run: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         :2
     ]
     several = len(run.get("seeds", [])) > 1
-    heads = ["arm", "after", "size", "non-zero", "peak memory", "time", *metrics]
+    heads = ["arm", "after", "size", "non-zero", "peak memory", "time", *(m.rpartition(".")[2] for m in metrics)]
     rows = []
     for arm in run["arms"]:
         name = arm["name"] + (f", seed {arm['seed']}" if several else "")
