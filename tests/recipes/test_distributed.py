@@ -37,10 +37,10 @@ def test_two_ranks_equal_one(recipe, tmp_path):
         assert json.loads(done.stdout)["status"] == "finished", "the first rank alone prints"
     one, two = (json.loads((tmp_path / out / "run.json").read_text()) for out in ("one", "two"))
     curves = [torch.tensor(r["arms"][0]["stages"][0]["details"]["loss_curve"]) for r in (one, two)]
-    torch.testing.assert_close(*curves, rtol=0, atol=2e-3)  # the two ranks' losses are averaged, then rounded
+    torch.testing.assert_close(*curves, rtol=0, atol=2e-4)  # the logged losses are rounded
     ends = [r["arms"][0]["stages"][1]["metrics"]["perplexity"]["value"] for r in (one, two)]
-    assert ends[1] == pytest.approx(ends[0], rel=1e-3)
+    assert ends[1] == pytest.approx(ends[0], rel=1e-5)
     weights = [gnomon.load_model(tmp_path / out / "model").state_dict() for out in ("one", "two")]
     for name, tensor in weights[0].items():
         if "embed_tokens" in name:
-            torch.testing.assert_close(weights[1][name], tensor, rtol=0, atol=1e-3)
+            torch.testing.assert_close(weights[1][name], tensor, rtol=0, atol=1e-5)

@@ -25,7 +25,7 @@ def run_command(
 ) -> None:
     """Carry out ``gnomon claims run``."""
     from gnomon import catalog
-    from gnomon.cli.running import _quiet_libraries
+    from gnomon.cli.running import quiet_libraries
     from gnomon.progress import Progress
 
     if bool(slugs) == every:
@@ -35,7 +35,7 @@ def run_command(
         catalog.get(slug)
     if seeds is not None and seeds < 3:
         raise ConfigError(f"--seeds {seeds}: a verdict needs at least 3 seeds.")
-    _quiet_libraries()
+    quiet_libraries()
     logging.getLogger("gnomon").setLevel(logging.INFO)
     from gnomon.claims.ledger import run_claims
     from gnomon.reports import write_ledger

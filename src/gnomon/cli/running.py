@@ -11,7 +11,7 @@ from typing import Any
 
 from gnomon.errors import ConfigError
 
-__all__ = ["run_command", "stage_rows"]
+__all__ = ["quiet_libraries", "run_command", "stage_rows"]
 
 
 def _bytes(count: float) -> str:
@@ -113,7 +113,7 @@ def _print_tables(run: dict[str, Any]) -> None:
         console.print(f"note: {text}", markup=False, highlight=False)
 
 
-def _quiet_libraries() -> None:
+def quiet_libraries() -> None:
     """Keep other libraries' chatter out of the progress; their errors still come through."""
     import transformers
 
@@ -151,7 +151,7 @@ def run_command(
     if seeds is not None:
         overrides["seeds"] = seeds
     checked = load_recipe(recipe, overrides)
-    _quiet_libraries()
+    quiet_libraries()
     if dry_run:
         _dry_run(checked, as_json)
         return

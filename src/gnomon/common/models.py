@@ -137,7 +137,8 @@ def tiny(
         return cls(config).train()
 
 
-def _model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
+def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """Return the transformers class a configuration belongs to; ModelError where there is none."""
     for name in getattr(config, "architectures", None) or ():
         if hasattr(transformers, name):
             return getattr(transformers, name)
@@ -196,7 +197,7 @@ def load_model(path_or_hub_id: str | Path, **from_pretrained_kwargs: Any) -> Pre
         raise ModelError(
             f"{where!r} is no model: {_first_line(error)}. Give a folder with config.json and weights, or a hub id."
         ) from error
-    cls = _model_class(config)
+    cls = model_class(config)
     entries = list(getattr(config, "gnomon", None) or [])
     loader = _rebuilding(cls, entries) if entries else cls
     try:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from gnomon.errors import GnomonError
 from gnomon.recipes.arms import arms_of
 from gnomon.recipes.options import check_recipe
 from gnomon.recipes.prepare import build_model, check_methods, prepare_data
@@ -56,12 +55,8 @@ def plan(recipe: Recipe) -> dict[str, Any]:
 
 def _state(stage: TrainStage, model: Any) -> int:
     """Bytes of optimizer state, by the convention that groups with a `rank` keep low-rank moments."""
-    try:
-        groups = build_optimizer(stage, model).param_groups
-    except (GnomonError, RuntimeError, NotImplementedError):
-        return sum(8 * p.numel() for p in model.parameters())
     total = 0
-    for group in groups:
+    for group in build_optimizer(stage, model).param_groups:
         for p in group["params"]:
             if "rank" in group and p.ndim == 2:
                 short, long = sorted(p.shape)

@@ -115,7 +115,7 @@ def build_model(spec: ModelSpec, *, vocab_size: int, context: int, seed: int, me
                 f"model.path: {spec.path!r} is no model. Give a folder with config.json, or a hub id."
             ) from error
         config._name_or_path = ""  # methods take a name for the sign of trained weights
-        cls = models._model_class(config)
+        cls = models.model_class(config)
         with device, torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = cls(config)

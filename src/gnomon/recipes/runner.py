@@ -21,7 +21,7 @@ from gnomon.common.memory import PeakMemory
 from gnomon.common.models import export_model, load_model, save_model
 from gnomon.common.ranks import agree, ranks
 from gnomon.errors import ModelError
-from gnomon.progress import Progress, duration, quiet
+from gnomon.progress import Progress, quiet
 from gnomon.recipes.arms import Arm, arms_of, differences
 from gnomon.recipes.measuring import depth_of, noted_warnings, size_of
 from gnomon.recipes.options import check_recipe
@@ -250,7 +250,6 @@ def _context(state: _Run, arm: Arm, seed: int, kind: str, key: str, reload: Call
         progress=state.progress,
         event=event,
         reload=reload,
-        warnings=state.run["warnings"],
     )
 
 
@@ -376,4 +375,3 @@ def _publish_models(state: _Run) -> None:
             log.info("saved %s to %s", type(base).__name__, state.store.path / "model")
     keep = {s["key"] for arm in state.run["arms"] if arm["name"] == "all" for s in arm["stages"][-1:]}
     state.store.drop_models_except(keep)
-    state.progress.say(f"done in {duration(state.run['seconds'])}") if state.run["seconds"] else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,6 @@ class StageContext:
     progress: Progress
     event: Callable[[dict[str, Any]], None]
     reload: Callable[[], Any]
-    warnings: list[str] = field(default_factory=list)
 
     def calibration(self, rows: int) -> torch.Tensor:
         """Return `rows` training windows as int64 (rows, context), drawn with the run's seed."""
