@@ -65,7 +65,10 @@ class Card:
     recipe : mapping
         How recipes use it: `stages` it can join, `from_scratch` (needs random weights), `groups` (an
         optimizer's function of the model), `without` (options of the ablation arm), `fold` (exact conversion to a
-        stock model), `check` (a function that checks options against a model before anything runs).
+        stock model), `check` (a function that checks options against a model before anything runs), `call` (what a
+        recipe calls in place of the entry: `module:function`, or a table of stage -> `module:function`).
+    verbs : mapping of str to str
+        Verb of the command line (`plan`, `score`, ...) -> the `module:function` behind it.
     model_types : tuple of str
         ``config.model_type`` of model classes that importing the method registers with transformers.
     """
@@ -80,12 +83,14 @@ class Card:
     claims: tuple[ClaimCard, ...] = ()
     conflicts: Mapping[str, str] = field(default_factory=dict)
     recipe: Mapping[str, Any] = field(default_factory=dict)
+    verbs: Mapping[str, str] = field(default_factory=dict)
     model_types: tuple[str, ...] = ()
 
 
 _NEEDED = ("slug", "title", "lets_you", "pillar", "plugs", "entry", "paper")
-_TOP_KEYS = {*_NEEDED, "claims", "conflicts", "recipe", "model_types"}
-_RECIPE_KEYS = {"stages", "from_scratch", "groups", "without", "fold", "check"}
+_TOP_KEYS = {*_NEEDED, "claims", "conflicts", "recipe", "verbs", "model_types"}
+_RECIPE_KEYS = {"stages", "from_scratch", "groups", "without", "fold", "check", "call"}
+_VERBS = {"plan", "compare", "fit", "score"}
 
 
 def _package_root() -> Path:
@@ -113,7 +118,11 @@ def read_card(path: Path) -> Card:
         raw = tomllib.loads(path.read_text(encoding="utf-8"))
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path.name}: this card is not valid TOML ({error}). Mend the file.") from error
-    for keys, allowed, where in ((raw, _TOP_KEYS, ""), (raw.get("recipe", {}), _RECIPE_KEYS, "recipe.")):
+    for keys, allowed, where in (
+        (raw, _TOP_KEYS, ""),
+        (raw.get("recipe", {}), _RECIPE_KEYS, "recipe."),
+        (raw.get("verbs", {}), _VERBS, "verbs."),
+    ):
         for key in sorted(set(keys) - allowed):
             raise ConfigError(f"{path.name}: unknown key '{where}{key}'. {nearest(key, allowed, noun='key')}")
     for key in _NEEDED:
@@ -135,6 +144,7 @@ def read_card(path: Path) -> Card:
         claims=claims,
         conflicts=raw.get("conflicts", {}),
         recipe=raw.get("recipe", {}),
+        verbs=raw.get("verbs", {}),
         model_types=tuple(raw.get("model_types", ())),
     )
 
