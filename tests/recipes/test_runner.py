@@ -278,8 +278,8 @@ def test_a_fault_in_a_method_names_it_and_leaves_no_half_stage(recipe, tmp_path,
     def broken(model, rank):
         raise MethodError("rank is wrong")
 
-    real = context.catalog.load
-    monkeypatch.setattr(context.catalog, "load", lambda slug: broken if slug == "eora" else real(slug))
+    real = context.call_of
+    monkeypatch.setattr(context, "call_of", lambda slug, stage: broken if slug == "eora" else real(slug, stage))
     del recipe["stages"][0]
     recipe["stages"][0]["compress"]["methods"].pop(0)
     with pytest.raises(MethodError, match="eora: rank is wrong"):

@@ -101,7 +101,7 @@ def test_a_missing_option_is_named(recipe, monkeypatch):
     def needs_two(model, rank: int, width: int, depth: int = 3):
         """A method with two options that have no default."""
 
-    monkeypatch.setattr(options, "_calls", lambda slug: [needs_two])
+    monkeypatch.setattr(options, "_calls", lambda slug, stage: [needs_two])
     for use in recipe["stages"][0]["train"]["methods"]:
         use["with"] = {}
     with pytest.raises(ConfigError, match=r"the option 'rank' is missing\. Add it: with: \{rank.*Also needed: width"):

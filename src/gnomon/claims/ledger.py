@@ -3,30 +3,50 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from gnomon import catalog
 from gnomon.catalog import Card, ClaimCard
 from gnomon.claims.experiment import Experiment, judge, worst
+from gnomon.common.engine import Engine, run_all
 from gnomon.common.environment import environment
 from gnomon.common.files import read_json, write_json
 from gnomon.errors import ConfigError, DataError, nearest
-from gnomon.progress import Progress, quiet
+from gnomon.progress import Progress, Task, quiet
 
 __all__ = ["LEDGER", "read_ledger", "run_claim", "run_claims", "update_ledger"]
 
 LEDGER = Path("claims") / "ledger.json"
 
 
-def _experiment(claim: ClaimCard) -> Experiment:
-    found = catalog.resolve(claim.run)
+def _experiment(target: str) -> Experiment:
+    found = catalog.resolve(target)
     if not isinstance(found, Experiment):
-        raise ConfigError(f"{claim.run} is no experiment. Declare it with gnomon.claims.experiment.experiment.")
+        raise ConfigError(f"{target} is no experiment. Declare it with gnomon.claims.experiment.experiment.")
     return found
+
+
+def _measure_seed(
+    target: str, scale: str, seed: int, tell: Callable[[str, float], None] = lambda arm, value: None
+) -> dict[str, float]:
+    """Measure all arms of an experiment with one seed, in one process, since arms share work."""
+    trial = _experiment(target)
+    values: dict[str, float] = {}
+    for arm in trial.arms:
+        values[arm] = trial(arm, seed, scale)
+        tell(arm, values[arm])
+    return values
+
+
+def _measure_item(scale: str, item: tuple[str, int]) -> tuple[dict[str, float], float]:
+    """Measure one (experiment, seed) on a worker; return the arms' values and the seconds it took."""
+    started = time.monotonic()
+    return _measure_seed(item[0], scale, item[1]), time.monotonic() - started
 
 
 def run_claim(
@@ -36,6 +56,7 @@ def run_claim(
     scale: str = "small",
     seeds: Sequence[int] | None = None,
     progress: Progress | None = None,
+    engine: Engine = "local",
 ) -> dict[str, Any]:
     """Measure all arms of one claim with all seeds and judge its relations.
 
@@ -46,24 +67,83 @@ def run_claim(
     seeds : sequence of int, optional
         Default: the claim's own, at least three.
     progress : Progress, optional
+    engine : {"local", "ray"}, default "local"
+        With ``"ray"`` every seed is a task of its own (see `gnomon.common.engine.run_all`).
 
     Returns
     -------
     dict
         One entry of the ledger, JSON-plain.
     """
-    trial = _experiment(claim)
-    chosen = tuple(trial.seeds if seeds is None else seeds)
+    entries: list[dict[str, Any]] = []
+    _measure_all([(card, claim)], scale, seeds, progress or quiet(), engine, entries.append)
+    return entries[0]
+
+
+def _seeds_of(claim: ClaimCard, seeds: Sequence[int] | None) -> tuple[int, ...]:
+    chosen = tuple(_experiment(claim.run).seeds if seeds is None else seeds)
     if len(set(chosen)) < 3:
         raise ConfigError(f"seeds = {chosen}: a verdict needs at least three different seeds.")
-    started = time.monotonic()
-    values: dict[str, dict[int, float]] = {arm: {} for arm in trial.arms}
-    shown = progress or quiet()
-    with shown.task(f"{card.slug}/{claim.id}", len(trial.arms) * len(chosen)) as task:
-        for seed in chosen:  # seed by seed, so that what drifts on the machine hits all arms alike
-            for arm in trial.arms:
-                values[arm][seed] = trial(arm, seed, scale)
-                task.advance(note=f"{arm}, seed {seed}: {values[arm][seed]:.4g}")
+    return chosen
+
+
+def _measure_all(
+    chosen: Sequence[tuple[Card, ClaimCard]],
+    scale: str,
+    seeds: Sequence[int] | None,
+    progress: Progress,
+    engine: Engine,
+    enter: Callable[[dict[str, Any]], None],
+) -> None:
+    """Measure claims and hand each one's ledger entry to `enter` as it is complete."""
+    plan = [(card, claim, _seeds_of(claim, seeds)) for card, claim in chosen]
+    if engine == "ray":
+        _measure_on_ray(plan, scale, progress, enter)
+        return
+    for card, claim, of_claim in plan:
+        started = time.monotonic()
+        by_seed: dict[int, dict[str, float]] = {}
+        with progress.task(f"{card.slug}/{claim.id}", len(_experiment(claim.run).arms) * len(of_claim)) as task:
+            for seed in of_claim:  # seed by seed, so that what drifts on the machine hits all arms alike
+                tell = partial(_tell, task, seed)
+                by_seed[seed] = _measure_seed(claim.run, scale, seed, tell)
+        enter(_entry(card, claim, scale, by_seed, time.monotonic() - started, engine))
+
+
+def _tell(task: Task, seed: int, arm: str, value: float) -> None:
+    task.advance(note=f"{arm}, seed {seed}: {value:.4g}")
+
+
+def _measure_on_ray(
+    plan: Sequence[tuple[Card, ClaimCard, tuple[int, ...]]],
+    scale: str,
+    progress: Progress,
+    enter: Callable[[dict[str, Any]], None],
+) -> None:
+    """Make every seed of every claim a task; all of them wait for workers together."""
+    items = [(place, seed) for place, (_, _, of_claim) in enumerate(plan) for seed in of_claim]
+    found: dict[int, dict[int, tuple[dict[str, float], float]]] = {place: {} for place in range(len(plan))}
+    with progress.task("claims", len(items)) as task:
+
+        def on_result(position: int, result: tuple[dict[str, float], float]) -> None:
+            place, seed = items[position]
+            found[place][seed] = result
+            task.advance()
+            card, claim, of_claim = plan[place]
+            if len(found[place]) == len(of_claim):
+                by_seed = {seed: found[place][seed][0] for seed in of_claim}
+                seconds = sum(took for _, took in found[place].values())
+                enter(_entry(card, claim, scale, by_seed, seconds, "ray"))
+
+        targets = [(plan[place][1].run, seed) for place, seed in items]
+        run_all(partial(_measure_item, scale), targets, engine="ray", on_result=on_result)
+
+
+def _entry(
+    card: Card, claim: ClaimCard, scale: str, by_seed: dict[int, dict[str, float]], seconds: float, engine: Engine
+) -> dict[str, Any]:
+    trial = _experiment(claim.run)
+    values = {arm: {seed: found[arm] for seed, found in by_seed.items()} for arm in trial.arms}
     outcomes = [judge(relation, values) for relation in trial.relations]
     return {
         "slug": card.slug,
@@ -73,10 +153,11 @@ def run_claim(
         "paper": dict(trial.paper) or None,
         "unit": trial.unit,
         "scale": scale,
-        "arms": {arm: {str(s): v for s, v in by_seed.items()} for arm, by_seed in values.items()},
+        "arms": {arm: {str(s): v for s, v in of_arm.items()} for arm, of_arm in values.items()},
         "relations": [asdict(outcome) for outcome in outcomes],
         "verdict": worst([outcome.verdict for outcome in outcomes]),
-        "seconds": round(time.monotonic() - started, 1),
+        "seconds": round(seconds, 1),
+        "engine": engine,
         "environment": environment(),
         "run_at": datetime.now(UTC).isoformat(timespec="seconds"),
     }
@@ -100,6 +181,7 @@ def run_claims(
     seeds: Sequence[int] | None = None,
     ledger: Path | None = None,
     progress: Progress | None = None,
+    engine: Engine = "local",
 ) -> list[dict[str, Any]]:
     """Run the claims of some methods (default: of all) and enter each outcome in the ledger as it comes.
 
@@ -108,7 +190,7 @@ def run_claims(
     slugs : sequence of str, default all methods
     only : str, optional
         The id of one claim.
-    scale, seeds, progress
+    scale, seeds, progress, engine
         As for `run_claim`.
     ledger : Path, optional
         The ledger to update; None writes none.
@@ -117,11 +199,14 @@ def run_claims(
     -------
     list of dict
     """
-    entries = []
-    for card, claim in list(_selected(slugs, only)):
-        entries.append(run_claim(card, claim, scale=scale, seeds=seeds, progress=progress))
+    entries: list[dict[str, Any]] = []
+
+    def enter(entry: dict[str, Any]) -> None:
+        entries.append(entry)
         if ledger is not None:
-            update_ledger(ledger, entries[-1])
+            update_ledger(ledger, entry)
+
+    _measure_all(list(_selected(slugs, only)), scale, seeds, progress or quiet(), engine, enter)
     return entries
 
 

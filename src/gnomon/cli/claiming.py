@@ -22,6 +22,7 @@ def run_command(
     seeds: int | None,
     ledger: Path,
     as_json: bool,
+    engine: str = "local",
 ) -> None:
     """Carry out ``gnomon claims run``."""
     from gnomon import catalog
@@ -38,10 +39,13 @@ def run_command(
     quiet_libraries()
     logging.getLogger("gnomon").setLevel(logging.INFO)
     from gnomon.claims.ledger import run_claims
+    from gnomon.common.engine import check_engine
     from gnomon.reports import write_ledger
 
     chosen = None if seeds is None else tuple(range(seeds))
-    entries = run_claims(slugs, only=claim, scale=scale, seeds=chosen, ledger=ledger, progress=Progress())
+    entries = run_claims(
+        slugs, only=claim, scale=scale, seeds=chosen, ledger=ledger, progress=Progress(), engine=check_engine(engine)
+    )
     if not entries:
         raise ConfigError(f"No method has a claim {claim!r}. `gnomon show SLUG` lists a method's claims.")
     write_ledger(ledger, ledger.parent)

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from gnomon.common.engine import Engine
 from gnomon.progress import Progress
 from gnomon.recipes.runner import RunResult, run_recipe
 from gnomon.recipes.schema import Recipe, load_recipe
@@ -23,6 +24,7 @@ def run(
     overrides: Mapping[str, Any] | None = None,
     progress: Progress | None = None,
     on_change: Callable[[dict[str, Any]], None] | None = None,
+    engine: Engine = "local",
 ) -> RunResult:
     """Run a recipe and write its report; the same as ``gnomon run``.
 
@@ -40,6 +42,8 @@ def run(
         As for ``--set``: dotted key -> value.
     progress, on_change : optional
         Where to show progress; what to call when ``run.json`` changes.
+    engine : {"local", "ray"}, default "local"
+        Where text is scored: here, or spread over a Ray cluster (``RAY_ADDRESS``, else one on this machine).
 
     Returns
     -------
@@ -64,7 +68,7 @@ def run(
         changes["ablate"] = True
     if seeds is not None:
         changes["seeds"] = seeds
-    result = run_recipe(load_recipe(recipe, changes), out=out, progress=progress, on_change=on_change)
+    result = run_recipe(load_recipe(recipe, changes), out=out, progress=progress, on_change=on_change, engine=engine)
     if ranks().is_main_process:
         result = replace(result, report=write_report(result.folder))
     return result

@@ -134,6 +134,7 @@ def run_command(
     dry_run: bool,
     schema: bool,
     quiet: bool,
+    engine: str,
     as_json: bool,
 ) -> None:
     """Carry out ``gnomon run``."""
@@ -156,6 +157,7 @@ def run_command(
         _dry_run(checked, as_json)
         return
     from gnomon.cli.job import run
+    from gnomon.common.engine import check_engine
     from gnomon.progress import Progress
 
     progress = Progress(enabled=not quiet)
@@ -167,7 +169,7 @@ def run_command(
             progress.say("  ".join(f"{h}: {c}" for h, c in zip(heads, row, strict=True) if c != "-"))
         shown["stages"] = max(shown["stages"], len(rows))
 
-    result = run(checked, out=out, progress=progress, on_change=on_change)
+    result = run(checked, out=out, progress=progress, on_change=on_change, engine=check_engine(engine))
     if result.report is None:  # another rank than the first
         return
     if as_json:

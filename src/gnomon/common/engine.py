@@ -8,13 +8,26 @@ from typing import Any, Literal, TypeVar
 
 from gnomon.errors import ConfigError, nearest
 
-__all__ = ["ENGINES", "Engine", "run_all"]
+__all__ = ["ENGINES", "Engine", "check_engine", "run_all"]
 
 Engine = Literal["local", "ray"]
 ENGINES = ("local", "ray")
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+
+def check_engine(name: str) -> Engine:
+    """Return the name of an engine.
+
+    Raises
+    ------
+    ConfigError
+        When there is no such engine.
+    """
+    if name not in ENGINES:
+        raise ConfigError(f"engine = {name!r}. {nearest(name, ENGINES, noun='engine')}")
+    return "ray" if name == "ray" else "local"
 
 
 def run_all(
@@ -53,8 +66,7 @@ def run_all(
     >>> run_all(abs, [-1, 2, -3])
     [1, 2, 3]
     """
-    if engine not in ENGINES:
-        raise ConfigError(f"engine = {engine!r}. {nearest(str(engine), ENGINES, noun='engine')}")
+    engine = check_engine(engine)
     tell = on_result or (lambda position, result: None)
     if engine == "ray":
         return _on_ray(function, items, tell)
@@ -76,10 +88,9 @@ def _on_ray(
         ) from error
     own = not ray.is_initialized()
     if own:
-        # without an address Ray reads RAY_ADDRESS, and starts a cluster on this machine when there is none
-        ray.init(log_to_driver=False, configure_logging=False, include_dashboard=False) if not os.environ.get(
-            "RAY_ADDRESS"
-        ) else ray.init(log_to_driver=False)
+        # Ray itself reads RAY_ADDRESS; a dashboard can only be left out of a cluster started here
+        local = {} if os.environ.get("RAY_ADDRESS") else {"include_dashboard": False}
+        ray.init(log_to_driver=False, **local)
     try:
         remote: Any = ray.remote(num_cpus=1)(_call)
         shared = ray.put(function)  # once, however many items there are

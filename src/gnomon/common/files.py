@@ -12,7 +12,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-__all__ = ["atomic_folder", "cache_dir", "content_hash", "read_json", "sync_folder", "write_json", "write_text"]
+__all__ = [
+    "atomic_folder",
+    "cache_dir",
+    "content_hash",
+    "read_json",
+    "sync_folder",
+    "write_bytes",
+    "write_json",
+    "write_text",
+]
 
 
 def cache_dir() -> Path:
@@ -24,7 +33,12 @@ def cache_dir() -> Path:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file so that it is whole or absent, whatever happens in between.
+    """Write a UTF-8 text file, whole or not at all; raises what `write_bytes` raises."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file so that it is whole or absent, whatever happens in between.
 
     Raises
     ------
@@ -34,8 +48,8 @@ def write_text(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(name, 0o666 & ~_umask())

@@ -16,7 +16,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrain
 
 from gnomon import catalog
 from gnomon.common import corpora, surgery, text
-from gnomon.common.files import atomic_folder, cache_dir, content_hash
+from gnomon.common.files import atomic_folder, cache_dir, content_hash, read_json
 from gnomon.common.layers import unwrap
 from gnomon.errors import ConfigError, ModelError, nearest
 
@@ -159,6 +159,17 @@ def _register_type(where: str) -> None:
             catalog.load(card.slug)
 
 
+def _register_adapter(folder: Path) -> None:
+    """Import gnomon's own adapters when PEFT does not know the one saved here."""
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    if read_json(folder / "adapter_config.json").get("peft_type") not in {
+        str(t.value) for t in PEFT_TYPE_TO_CONFIG_MAPPING
+    }:
+        for card in catalog.methods(plugs="adapter"):
+            catalog.load(card.slug)
+
+
 def _rebuilding(cls: type[PreTrainedModel], entries: list[dict[str, Any]]) -> type[PreTrainedModel]:
     """Return `cls` with the recorded surgery done at the end of its constructor, before weights are read."""
 
@@ -212,6 +223,7 @@ def load_model(path_or_hub_id: str | Path, **from_pretrained_kwargs: Any) -> Pre
     if (adapter / "adapter_config.json").is_file():
         import peft
 
+        _register_adapter(adapter)
         return peft.PeftModel.from_pretrained(model, str(adapter))
     return model
 
@@ -239,9 +251,22 @@ def load_tokenizer(path_or_hub_id: str | Path) -> PreTrainedTokenizerBase:
 
 def _base_state(base: nn.Module) -> dict[str, torch.Tensor]:
     """The state of a model inside a PEFT wrapper under the names it had before adapters were attached."""
-    return {
-        name.replace(".base_layer.", "."): tensor for name, tensor in base.state_dict().items() if ".lora_" not in name
-    }
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import AuxiliaryTrainingWrapper
+
+    state = dict(base.state_dict())
+    for name, module in base.named_modules():
+        if isinstance(module, BaseTunerLayer):
+            own = f"{name}.base_layer."
+        elif isinstance(module, AuxiliaryTrainingWrapper):
+            own = f"{name}.original_module."
+        else:
+            continue
+        for key in [k for k in state if k.startswith(f"{name}.")]:
+            tensor = state.pop(key)
+            if key.startswith(own):
+                state[f"{name}.{key.removeprefix(own)}"] = tensor
+    return state
 
 
 def save_model(model: nn.Module, folder: str | Path, tokenizer: PreTrainedTokenizerBase | None = None) -> Path:

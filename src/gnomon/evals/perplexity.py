@@ -19,6 +19,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from gnomon import catalog
+from gnomon.common.engine import Engine, run_all
 from gnomon.common.layers import unwrap
 from gnomon.common.surgery import recorded
 from gnomon.errors import DataError, MethodError, ModelError
@@ -44,6 +46,9 @@ LONGEST_DEFAULT = 2048
 """Tokens per window when `context` is not given and the model allows more."""
 
 RESAMPLES = 2000
+
+BATCHES_PER_TASK = 16
+"""Batches of windows in one task of ``engine="ray"``: each task reads the model once."""
 
 
 @dataclass(frozen=True)
@@ -132,6 +137,7 @@ def perplexity(
     batch_size: int = 8,
     confidence: float = 0.95,
     on_progress: Callable[[int, int], None] | None = None,
+    engine: Engine = "local",
 ) -> Perplexity:
     """Return the perplexity of a causal language model, token-weighted, with its interval.
 
@@ -154,7 +160,10 @@ def perplexity(
     confidence : float, default 0.95
         Level of the bootstrap interval.
     on_progress : callable, optional
-        Called after each batch with the windows done and the windows in all.
+        Called as the work goes on with the windows done and the windows in all.
+    engine : {"local", "ray"}, default "local"
+        ``"ray"`` spreads the batches over a Ray cluster (see `gnomon.common.engine.run_all`); the numbers are the
+        same.
 
     Returns
     -------
@@ -189,13 +198,25 @@ def perplexity(
     check_vocabulary(model, (w.ids for w in windows))
     # Windows of like length share a batch, so that little is spent on padding.
     order = sorted(range(len(windows)), key=lambda i: -len(windows[i].ids))
+    step = batch_size * (BATCHES_PER_TASK if engine == "ray" else 1)
+    parts = [order[start : start + step] for start in range(0, len(order), step)]
     sums = np.zeros(len(windows))
+    done = 0
+
+    def enter(position: int, found: list[float]) -> None:
+        nonlocal done
+        sums[parts[position]] = found
+        done += len(found)
+        if on_progress is not None:
+            on_progress(done, len(order))
+
     with evaluating(model):
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
-            sums[chosen] = _score(model, [windows[i] for i in chosen])
-            if on_progress is not None:
-                on_progress(min(start + batch_size, len(order)), len(order))
+        run_all(
+            partial(_score_in_batches, model, batch_size),
+            [[windows[i] for i in part] for part in parts],
+            engine=engine,
+            on_result=enter,
+        )
     counts = np.array([int(w.scored.sum()) for w in windows], dtype=np.int64)
     nll = float(sums.sum() / counts.sum())
     low, high = _interval(sums, counts, confidence)
@@ -301,6 +322,15 @@ def _windows(text: _Window, context: int, stride: int) -> Iterator[_Window]:
         scored_to = end
         if end == length:
             return
+
+
+def _score_in_batches(model: nn.Module, batch_size: int, windows: list[_Window]) -> list[float]:
+    with torch.no_grad():  # a worker of another process is not inside the caller's `evaluating`
+        return [
+            nll
+            for start in range(0, len(windows), batch_size)
+            for nll in _score(model, windows[start : start + batch_size])
+        ]
 
 
 def _score(model: nn.Module, windows: list[_Window]) -> list[float]:

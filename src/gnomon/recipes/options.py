@@ -14,7 +14,7 @@ from gnomon.catalog import Card
 from gnomon.errors import ConfigError, nearest
 from gnomon.recipes.schema import EvaluateStage, MethodUse, Recipe
 
-__all__ = ["BUILTIN_METRICS", "OFFERED", "bind", "check_recipe", "split_options", "stages_of"]
+__all__ = ["BUILTIN_METRICS", "OFFERED", "bind", "call_of", "check_recipe", "split_options", "stages_of"]
 
 BUILTIN_METRICS = {"perplexity": "gnomon.evals.perplexity:perplexity"}
 
@@ -23,6 +23,7 @@ _STAGES_OF_KIND = {
     "optimizer": ("train",),
     "adapter": ("train",),
     "callback": ("train",),
+    "comm-hook": ("train",),
     "compressor": ("compress",),
     "merger": ("merge",),
     "metric": ("evaluate",),
@@ -31,13 +32,23 @@ _STAGES_OF_KIND = {
 # What stages hand to a method by parameter name; everything else a method takes is an option.
 OFFERED = {
     "model", "compressed_model", "original_model", "model_or_config", "tokenizer", "calibration", "texts", "seed",
-    "on_layer", "params", "tokens_or_dataset", "on_progress", "paths", "models", "out", "generator", "closure",
+    "on_layer", "params", "tokens_or_dataset", "on_progress", "paths", "models", "out", "generator", "closure", "rows",
+    "engine",
 }  # fmt: skip
 
 
 def stages_of(card: Card) -> tuple[str, ...]:
     """Return the stages a method can join."""
     return tuple(card.recipe.get("stages", _STAGES_OF_KIND.get(card.plugs, ())))
+
+
+def call_of(slug: str, stage: str) -> Callable[..., Any]:
+    """Return what a stage of the kind `stage` calls for a method: its card's `call`, else its entry."""
+    if slug in BUILTIN_METRICS:
+        return catalog.resolve(BUILTIN_METRICS[slug])
+    card = catalog.get(slug)
+    call = card.recipe.get("call", card.entry)
+    return catalog.resolve(call.get(stage, card.entry) if isinstance(call, Mapping) else call)
 
 
 def _parameters(call: Callable[..., Any]) -> dict[str, inspect.Parameter]:
@@ -49,20 +60,15 @@ def _parameters(call: Callable[..., Any]) -> dict[str, inspect.Parameter]:
     }
 
 
-def _calls(slug: str) -> list[Callable[..., Any]]:
-    """The entry of a method and, for an optimizer, the function that makes its parameter groups."""
-    if slug in BUILTIN_METRICS:
-        return [catalog.resolve(BUILTIN_METRICS[slug])]
-    card = catalog.get(slug)
-    calls = [catalog.load(slug)]
-    if "groups" in card.recipe:
-        calls.append(catalog.resolve(card.recipe["groups"]))
-    return calls
+def _calls(slug: str, stage: str) -> list[Callable[..., Any]]:
+    """What a stage calls for a method and, for an optimizer, the function that makes its parameter groups."""
+    groups = None if slug in BUILTIN_METRICS else catalog.get(slug).recipe.get("groups")
+    return [call_of(slug, stage), *([catalog.resolve(groups)] if groups else [])]
 
 
 def split_options(slug: str, options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Divide the options of an optimizer between its constructor and its parameter-group function."""
-    calls = _calls(slug)
+    calls = _calls(slug, "train")
     if len(calls) == 1:
         return dict(options), {}
     of_groups = set(_parameters(calls[1]))
@@ -113,7 +119,7 @@ def check_recipe(recipe: Recipe) -> None:
                 card = _joined(use, kind, where)
                 _check_weights(card, recipe, index, where)
                 used.append(card)
-            _check_options(use, where)
+            _check_options(use, kind, where)
         _check_one_of_a_kind(stage, group, f"stages.{index}.{kind}")
     _check_conflicts(used)
 
@@ -151,10 +157,11 @@ def _check_weights(card: Card, recipe: Recipe, index: int, where: str) -> None:
 
 
 def _check_one_of_a_kind(stage: Any, group: str, where: str) -> None:
-    optimizers = [u.uses for u in getattr(stage, group) if u.uses not in BUILTIN_METRICS]
-    optimizers = [slug for slug in optimizers if catalog.get(slug).plugs == "optimizer"]
-    if len(optimizers) > 1:
-        raise ConfigError(f"{where}: {' and '.join(optimizers)} are both optimizers; a stage takes one. Keep one.")
+    slugs = [u.uses for u in getattr(stage, group) if u.uses not in BUILTIN_METRICS]
+    for kind in ("optimizer", "adapter"):
+        same = [slug for slug in slugs if catalog.get(slug).plugs == kind]
+        if len(same) > 1:
+            raise ConfigError(f"{where}: {' and '.join(same)} are both {kind}s; a stage takes one. Keep one.")
 
 
 def _check_conflicts(used: Iterable[Card]) -> None:
@@ -165,8 +172,8 @@ def _check_conflicts(used: Iterable[Card]) -> None:
                 raise ConfigError(f"{card.slug} and {other} cannot share a recipe: {reason} Drop one of them.")
 
 
-def _check_options(use: MethodUse, where: str) -> None:
-    calls = _calls(use.uses)
+def _check_options(use: MethodUse, stage: str, where: str) -> None:
+    calls = _calls(use.uses, stage)
     options: dict[str, tuple[inspect.Parameter, Any]] = {}
     for call in calls:
         hints = _hints(call)

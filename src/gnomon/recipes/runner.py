@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from gnomon import __version__
+from gnomon.common.engine import Engine
 from gnomon.common.environment import environment
 from gnomon.common.files import content_hash, write_json
 from gnomon.common.layers import family, unwrap
@@ -30,6 +31,7 @@ from gnomon.recipes.schema import EvaluateStage, Recipe, Stage
 from gnomon.recipes.stages import StageContext, run_stage
 from gnomon.recipes.stages.context import Prepared
 from gnomon.recipes.stages.evaluate import evaluate
+from gnomon.recipes.stages.select import SELECTED
 from gnomon.recipes.store import RunFolder
 
 __all__ = ["RunResult", "run_recipe"]
@@ -63,6 +65,7 @@ class _Run:
     progress: Progress
     run: dict[str, Any]
     root: str
+    engine: Engine
     on_change: Callable[[dict[str, Any]], None]
     windows: dict[tuple[str, int], dict[str, Any]] = field(default_factory=dict)
 
@@ -79,6 +82,7 @@ def run_recipe(
     out: str | Path | None = None,
     progress: Progress | None = None,
     on_change: Callable[[dict[str, Any]], None] | None = None,
+    engine: Engine = "local",
 ) -> RunResult:
     """Run a recipe, or go on with a run that was interrupted; finished stages are skipped.
 
@@ -91,6 +95,8 @@ def run_recipe(
         Where to show progress; default nowhere.
     on_change : callable, optional
         Called with the content of ``run.json`` whenever it changes.
+    engine : {"local", "ray"}, default "local"
+        Where the scoring of text runs: here, or spread over a Ray cluster. The numbers are the same.
 
     Returns
     -------
@@ -129,6 +135,7 @@ def run_recipe(
             progress=progress,
             run=_head(recipe, identity, data, first, source),
             root=content_hash([source, data.facts["sha256"], __version__]),
+            engine=engine,
             on_change=on_change or (lambda run: None),
         )
         del first
@@ -232,43 +239,59 @@ def _model_at(state: _Run, arm: Arm, seed: int, chain: list[tuple[str, Stage, st
     """Return the model after `depth` stages of the chain; a stage whose model was dropped is run again."""
     if depth == 0:
         return _start_model(state, seed)
-    kind, stage, _, key = chain[depth - 1]
+    kind, key = chain[depth - 1][0], chain[depth - 1][-1]
+    if kind == "select":  # leaves the model as it was
+        return _model_at(state, arm, seed, chain, depth - 1)
     if not state.store.has_model(key):
-        _compute(state, arm, seed, kind, stage, key, lambda: _model_at(state, arm, seed, chain, depth - 1))
+        _compute(state, arm, seed, chain[:depth], lambda: _model_at(state, arm, seed, chain, depth - 1))
     return load_model(state.store.stage(key) / "model")
 
 
-def _context(state: _Run, arm: Arm, seed: int, kind: str, key: str, reload: Callable[[], Any]) -> StageContext:
+def _context(
+    state: _Run, arm: Arm, seed: int, kind: str, key: str, reload: Callable[[], Any], selected: Path | None = None
+) -> StageContext:
     def event(facts: Mapping[str, Any]) -> None:
         state.store.event({"arm": arm.name, "seed": seed, "stage": key, **facts})
 
     return StageContext(
         data=state.data,
         seed=seed,
+        kind=kind,
         work=state.store.stage(key),
         label=_label(state, arm, seed, kind),
         progress=state.progress,
         event=event,
         reload=reload,
+        selected=selected,
+        engine=state.engine,
     )
 
 
-def _compute(
-    state: _Run, arm: Arm, seed: int, kind: str, stage: Stage, key: str, source: Callable[[], Any]
-) -> dict[str, Any]:
-    """Run one stage; the first rank saves its model and its result.
+def _selected(state: _Run, chain: list[tuple[str, Stage, str, str]]) -> Path | None:
+    """Return the file of the last select stage in a chain."""
+    keys = [key for kind, _, _, key in chain if kind == "select"]
+    return state.store.stage(keys[-1]) / SELECTED if keys else None
 
-    All ranks take part, since methods may sum over ranks; merging writes files, so the first does it alone.
+
+def _compute(
+    state: _Run, arm: Arm, seed: int, chain: list[tuple[str, Stage, str, str]], source: Callable[[], Any]
+) -> dict[str, Any]:
+    """Run the last stage of a chain; the first rank saves its model and its result.
+
+    All ranks take part, since methods may sum over ranks; merging and selecting write files, so the first does it
+    alone.
     """
-    if kind != "merge" or ranks().is_main_process:
-        context = _context(state, arm, seed, kind, key, source)
+    kind, stage, _, key = chain[-1]
+    if kind not in ("merge", "select") or ranks().is_main_process:
+        context = _context(state, arm, seed, kind, key, source, _selected(state, chain[:-1]))
         started = time.monotonic()
         with PeakMemory() as memory, noted_warnings(state.run["warnings"]):
             model, details = run_stage(kind, stage, source(), context)
         if ranks().is_main_process:
             if kind == "train":
                 details["depth"] = depth_of(model, state.data)
-            save_model(model, state.store.stage(key) / "model", state.data.tokenizer)
+            if kind != "select":
+                save_model(model, state.store.stage(key) / "model", state.data.tokenizer)
             result = {
                 "seconds": round(time.monotonic() - started, 3),
                 "peak_memory_bytes": memory.peak,
@@ -290,9 +313,7 @@ def _run_stage(
     result = agree(state.store.result(key))
     skipped = result is not None
     if result is None:
-        result = _compute(
-            state, arm, seed, kind, stage, key, lambda: _model_at(state, arm, seed, chain, len(chain) - 1)
-        )
+        result = _compute(state, arm, seed, chain, lambda: _model_at(state, arm, seed, chain, len(chain) - 1))
     else:
         state.progress.say(f"{_label(state, arm, seed, kind)}: finished before, skipped")
     metrics, windows = _measure(state, arm, seed, index, key, lambda: _model_at(state, arm, seed, chain, len(chain)))

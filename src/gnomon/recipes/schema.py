@@ -32,6 +32,7 @@ __all__ = [
     "MethodUse",
     "ModelSpec",
     "Recipe",
+    "SelectStage",
     "Stage",
     "TrainStage",
     "builtin_recipes",
@@ -39,7 +40,7 @@ __all__ = [
     "load_recipe",
 ]
 
-STAGE_KINDS = ("train", "compress", "extend", "merge", "evaluate")
+STAGE_KINDS = ("select", "train", "compress", "extend", "merge", "evaluate")
 
 SIZES: dict[str, dict[str, int]] = {
     "nano": {"hidden_size": 64, "num_layers": 4, "num_heads": 4},
@@ -142,6 +143,10 @@ class _MethodStage(Strict):
     methods: list[MethodUse] = Field(default_factory=list, description="Methods, in the order they are applied.")
 
 
+class SelectStage(_MethodStage):
+    """Choose which training rows the stages after it see; the model stays as it is."""
+
+
 class TrainStage(_MethodStage):
     """Train (or go on training) with `transformers.Trainer`."""
 
@@ -185,7 +190,11 @@ class EvaluateStage(Strict):
     each_stage: bool = Field(True, description="Also measure after every stage before this one.")
 
 
-Stage = TrainStage | CompressStage | ExtendStage | MergeStage | EvaluateStage
+Stage = SelectStage | TrainStage | CompressStage | ExtendStage | MergeStage | EvaluateStage
+
+
+class _Select(Strict):
+    select: SelectStage
 
 
 class _Train(Strict):
@@ -215,7 +224,8 @@ def _stage_kind(value: Any) -> str:
 
 
 _AnyStage = Annotated[
-    Annotated[_Train, Tag("train")]
+    Annotated[_Select, Tag("select")]
+    | Annotated[_Train, Tag("train")]
     | Annotated[_Compress, Tag("compress")]
     | Annotated[_Extend, Tag("extend")]
     | Annotated[_Merge, Tag("merge")]

@@ -203,6 +203,7 @@ def effect_sentence(effect: Effect) -> str:
 
 
 _DEEDS = {
+    "select": ("selected its training rows", "selection"),
     "train": ("trained it", "training"),
     "compress": ("compressed it", "compression"),
     "extend": ("extended it", "extension"),

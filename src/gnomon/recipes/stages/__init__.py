@@ -10,11 +10,13 @@ from gnomon.recipes.stages.compress import compress
 from gnomon.recipes.stages.context import StageContext
 from gnomon.recipes.stages.extend import extend
 from gnomon.recipes.stages.merge import merge
+from gnomon.recipes.stages.select import select
 from gnomon.recipes.stages.train import train
 
 __all__ = ["StageContext", "run_stage"]
 
 _STAGES: dict[str, Callable[..., tuple[Any, dict[str, Any]]]] = {
+    "select": select,
     "train": train,
     "compress": compress,
     "extend": extend,

@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
-from gnomon import catalog
+from gnomon.common.corpora import windows
+from gnomon.common.engine import Engine
 from gnomon.errors import GnomonError, MethodError, ModelError
 from gnomon.progress import Progress
-from gnomon.recipes.options import Lazy, bind
+from gnomon.recipes.options import Lazy, bind, call_of
 from gnomon.recipes.schema import MethodUse
 
 __all__ = ["Prepared", "StageContext"]
@@ -38,6 +40,8 @@ class StageContext:
     ----------
     data : Prepared
     seed : int
+    kind : str
+        Of the stage.
     work : Path
         The stage's own folder, for checkpoints.
     label : str
@@ -47,26 +51,45 @@ class StageContext:
         Takes a dict and appends it to the run's ``metrics.jsonl``.
     reload : callable
         Loads another copy of the model as it was at the start of the stage.
+    selected : Path, optional
+        File with the row numbers that the last select stage before this one kept.
+    engine : {"local", "ray"}
+        Where independent work of the stage runs.
     """
 
     data: Prepared
     seed: int
+    kind: str
     work: Path
     label: str
     progress: Progress
     event: Callable[[dict[str, Any]], None]
     reload: Callable[[], Any]
+    selected: Path | None = None
+    engine: Engine = "local"
+
+    def kept(self) -> torch.Tensor | None:
+        """Return the numbers of the training rows that a select stage kept, int64, ascending; None: all."""
+        return None if self.selected is None else torch.from_numpy(np.load(self.selected))
+
+    def rows(self) -> torch.Tensor:
+        """Return the training rows as int64 (rows, context): all windows of the text, or those that were selected."""
+        rows, kept = windows(self.data.train_tokens, self.data.context), self.kept()
+        return rows if kept is None else rows[kept]
 
     def calibration(self, rows: int) -> torch.Tensor:
         """Return `rows` training windows as int64 (rows, context), drawn with the run's seed."""
-        from gnomon.common.corpora import windows
-
-        all_rows = windows(self.data.train_tokens, self.data.context)
+        all_rows = self.rows()
         generator = torch.Generator().manual_seed(self.seed)
         return all_rows[torch.randperm(len(all_rows), generator=generator)[:rows]]
 
     def apply(self, use: MethodUse, model: Any, offered: Mapping[str, Any]) -> tuple[Any, list[dict[str, Any]]]:
-        """Call a method's entry on the model by parameter name; return its result and the facts per layer."""
+        """Call a method that changes the model; return the model and the facts per layer."""
+        result, layers = self.call(use, model, offered)
+        return (model if result is None else result), layers
+
+    def call(self, use: MethodUse, model: Any, offered: Mapping[str, Any]) -> tuple[Any, list[dict[str, Any]]]:
+        """Call a method on the model by parameter name; return its result and the facts per layer."""
         layers: list[dict[str, Any]] = []
         with self.progress.task(f"{self.label} {use.uses}", _layer_count(model)) as task:
 
@@ -83,9 +106,10 @@ class StageContext:
                 "tokenizer": self.data.tokenizer,
                 "seed": self.seed,
                 "on_layer": on_layer,
+                "engine": self.engine,
                 **offered,
             }
-            entry = catalog.load(use.uses)
+            entry = call_of(use.uses, self.kind)
             try:
                 result = entry(**bind(entry, everything, use.with_))
             except GnomonError as error:
@@ -93,7 +117,7 @@ class StageContext:
                     raise type(error)(f"{use.uses}: {error}") from error
                 raise
             task.update(task.total)
-        return (model if result is None else result), layers
+        return result, layers
 
 
 def _layer_count(model: Any) -> int:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from gnomon import catalog
 from gnomon.evals.perplexity import perplexity
-from gnomon.recipes.options import BUILTIN_METRICS, bind
+from gnomon.recipes.options import bind, call_of
 from gnomon.recipes.schema import EvaluateStage
 from gnomon.recipes.stages.context import StageContext
 
@@ -29,16 +28,17 @@ def evaluate(stage: EvaluateStage, model: Any, context: StageContext) -> dict[st
         if use.uses == "perplexity":
             tokens = context.data.valid_tokens[: stage.tokens]
             options = {"context": min(context.data.context, tokens.numel()), **use.with_}
-            found = perplexity(model, tokens, **options)
+            found = perplexity(model, tokens, engine=context.engine, **options)
             metrics["perplexity"] = _figure(found.value, found.low, found.high)
             windows = {"nll": found.window_nll.tolist(), "tokens": found.window_tokens.tolist()}
             continue
-        entry = catalog.resolve(BUILTIN_METRICS[use.uses]) if use.uses in BUILTIN_METRICS else catalog.load(use.uses)
+        entry = call_of(use.uses, "evaluate")
         offered = {
             "model": model,
             "tokenizer": context.data.tokenizer,
             "texts": context.data.valid_texts[: stage.texts],
             "seed": context.seed,
+            "engine": context.engine,
         }
         summary = entry(**bind(entry, offered, use.with_)).summary()
         metrics |= {f"{use.uses}.{name}": _figure(value) for name, value in summary.items()}

@@ -15,13 +15,12 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from gnomon import catalog
-from gnomon.common.corpora import windows
 from gnomon.common.layers import linear_layers
 from gnomon.common.memory import tensor_bytes
 from gnomon.common.ranks import ranks
 from gnomon.errors import ConfigError
 from gnomon.progress import Task
-from gnomon.recipes.options import split_options
+from gnomon.recipes.options import call_of, split_options
 from gnomon.recipes.schema import TrainStage
 from gnomon.recipes.stages.context import StageContext
 
@@ -164,7 +163,7 @@ def train(stage: TrainStage, model: Any, context: StageContext) -> tuple[Any, di
             stage=stage,
             model=model.train(),
             args=_arguments(stage, context, steps),
-            train_dataset=_Rows(windows(context.data.train_tokens, context.data.context)),
+            train_dataset=_Rows(context.rows()),
             data_collator=_stack,
             callbacks=[_Watch(context, task), *_callbacks(stage, model)],
         )
@@ -188,7 +187,9 @@ def _state_bytes(optimizer: Any) -> int:
 
 def _callbacks(stage: TrainStage, model: Any) -> list[TrainerCallback]:
     found: list[TrainerCallback] = [
-        catalog.load(use.uses)(**use.with_) for use in stage.methods if catalog.get(use.uses).plugs == "callback"
+        call_of(use.uses, "train")(**use.with_)
+        for use in stage.methods
+        if catalog.get(use.uses).plugs not in ("architecture", "adapter", "optimizer")
     ]
     if stage.keep_zeros:
         keep = _KeepZeros(model)
