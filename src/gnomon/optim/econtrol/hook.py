@@ -77,7 +77,7 @@ def econtrol_hook(
             return result
 
         return future.then(averaged)
-    healthy = bool(torch.isfinite(buffer).all())
+    healthy = _finite(buffer)
     # what cannot be sent must not change the shape of the message: the others wait for one of this size
     parts = _messages(state, parameters, gradients if healthy else _zeros(gradients), dist.get_rank(group))
     packed = _pack(healthy, parts, buffer.device)
@@ -188,6 +188,13 @@ def _part_out(joined: Memory, name: str, memories: list[Memory]) -> None:
         start += own.numel()
 
 
+def _finite(buffer: Tensor) -> bool:
+    # one pass without a copy; only a sum that overflows needs the second look
+    return bool(torch.isfinite(buffer.sum(dtype=torch.promote_types(buffer.dtype, torch.float32)))) or bool(
+        torch.isfinite(buffer).all()
+    )
+
+
 def _zeros(tensors: list[Tensor]) -> list[Tensor]:
     return [torch.zeros_like(t) for t in tensors]
 
@@ -238,6 +245,12 @@ def _apply(
         for name in ("e", "h", "v"):
             if memories:
                 _part_out(part.memory, name, memories)
+    if estimates(kind) and len(owners) == 1 and part.gradient.shape == owners[0].shape:
+        mean = state.averages[owners[0]]
+        for message in messages:
+            part.compressor.add(mean, message, 1 / world)
+        gradients[part.places[0]].copy_(mean)
+        return
     if estimates(kind):
         mean = torch.cat([state.averages[p].reshape(-1) for p in owners]).view_as(part.gradient)
     else:
