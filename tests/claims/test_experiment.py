@@ -155,3 +155,25 @@ def test_a_claim_that_is_no_experiment_is_refused(monkeypatch):
     monkeypatch.setattr(catalog, "resolve", lambda target: len)
     with pytest.raises(ConfigError, match="is no experiment"):
         ledger.run_claim(CARD, CARD.claims[0])
+
+
+def test_among_all_claims_one_without_its_data_is_passed_over(monkeypatch, tmp_path):
+    """Asked for by name it is a mistake."""
+
+    @experiment(arms=("a", "b"), relation="a < b", unit="loss")
+    def measured(arm, seed, scale):
+        return {"a": 1.0, "b": 2.0}[arm]
+
+    @experiment(arms=("a", "b"), relation="a < b", unit="loss")
+    def without_data(arm, seed, scale):
+        raise DataError("no table. Set GNOMON_SHARED_DATA.")
+
+    found = {"m:measured": measured, "m:without_data": without_data}
+    claims = tuple(ClaimCard(name, "says", "none", f"m:{name}") for name in ("without_data", "measured"))
+    cards = {"x": Card("x", "X", "test", "nn", "architecture", "m:e", Paper("none"), claims)}
+    monkeypatch.setattr(catalog, "_all", lambda: cards)
+    monkeypatch.setattr(catalog, "resolve", found.__getitem__)
+    entries = ledger.run_claims(ledger=tmp_path / "ledger.json")
+    assert [entry["id"] for entry in entries] == ["measured"]
+    with pytest.raises(DataError, match="Set GNOMON_SHARED_DATA"):
+        ledger.run_claims(["x"])

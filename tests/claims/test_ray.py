@@ -13,7 +13,7 @@ from gnomon.claims import ledger
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ray")]
 
-MODULE = '''
+MODULE = """
 import numpy as np
 from gnomon.claims.experiment import experiment
 
@@ -24,7 +24,7 @@ def first(arm, seed, scale):
 @experiment(arms=("a", "b"), relation="a > b", unit="loss", seeds=(3, 4, 5))
 def second(arm, seed, scale):
     return first(arm, seed)
-'''
+"""
 
 
 def test_two_workers_and_this_process_agree(tmp_path, monkeypatch):

@@ -43,10 +43,16 @@ def _measure_seed(
     return values
 
 
-def _measure_item(scale: str, item: tuple[str, int]) -> tuple[dict[str, float], float]:
-    """Measure one (experiment, seed) on a worker; return the arms' values and the seconds it took."""
+def _measure_item(scale: str, item: tuple[str, int]) -> tuple[dict[str, float] | DataError, float]:
+    """Measure one (experiment, seed) on a worker; return the arms' values and the seconds it took.
+
+    Missing data is returned, not raised: it must not end the other tasks.
+    """
     started = time.monotonic()
-    return _measure_seed(item[0], scale, item[1]), time.monotonic() - started
+    try:
+        return _measure_seed(item[0], scale, item[1]), time.monotonic() - started
+    except DataError as error:
+        return error, time.monotonic() - started
 
 
 def run_claim(
@@ -94,19 +100,25 @@ def _measure_all(
     progress: Progress,
     engine: Engine,
     enter: Callable[[dict[str, Any]], None],
+    missing: Callable[[Card, ClaimCard, DataError], None] | None = None,
 ) -> None:
     """Measure claims and hand each one's ledger entry to `enter` as it is complete."""
     plan = [(card, claim, _seeds_of(claim, seeds)) for card, claim in chosen]
     if engine == "ray":
-        _measure_on_ray(plan, scale, progress, enter)
+        _measure_on_ray(plan, scale, progress, enter, missing)
         return
     for card, claim, of_claim in plan:
         started = time.monotonic()
         by_seed: dict[int, dict[str, float]] = {}
         with progress.task(f"{card.slug}/{claim.id}", len(_experiment(claim.run).arms) * len(of_claim)) as task:
-            for seed in of_claim:  # seed by seed, so that what drifts on the machine hits all arms alike
-                tell = partial(_tell, task, seed)
-                by_seed[seed] = _measure_seed(claim.run, scale, seed, tell)
+            try:
+                for seed in of_claim:  # seed by seed, so that what drifts on the machine hits all arms alike
+                    by_seed[seed] = _measure_seed(claim.run, scale, seed, partial(_tell, task, seed))
+            except DataError as error:
+                if missing is None:
+                    raise
+                missing(card, claim, error)
+                continue
         enter(_entry(card, claim, scale, by_seed, time.monotonic() - started, engine))
 
 
@@ -119,17 +131,25 @@ def _measure_on_ray(
     scale: str,
     progress: Progress,
     enter: Callable[[dict[str, Any]], None],
+    missing: Callable[[Card, ClaimCard, DataError], None] | None,
 ) -> None:
     """Make every seed of every claim a task; all of them wait for workers together."""
     items = [(place, seed) for place, (_, _, of_claim) in enumerate(plan) for seed in of_claim]
     found: dict[int, dict[int, tuple[dict[str, float], float]]] = {place: {} for place in range(len(plan))}
     with progress.task("claims", len(items)) as task:
 
-        def on_result(position: int, result: tuple[dict[str, float], float]) -> None:
+        def on_result(position: int, result: tuple[dict[str, float] | DataError, float]) -> None:
             place, seed = items[position]
-            found[place][seed] = result
             task.advance()
             card, claim, of_claim = plan[place]
+            values, took = result
+            if isinstance(values, DataError):
+                if missing is None:
+                    raise values
+                if seed == of_claim[0]:
+                    missing(card, claim, values)
+                return
+            found[place][seed] = values, took
             if len(found[place]) == len(of_claim):
                 by_seed = {seed: found[place][seed][0] for seed in of_claim}
                 seconds = sum(took for _, took in found[place].values())
@@ -185,6 +205,8 @@ def run_claims(
 ) -> list[dict[str, Any]]:
     """Run the claims of some methods (default: of all) and enter each outcome in the ledger as it comes.
 
+    Among all claims, those whose real data is not at hand are passed over with a message.
+
     Parameters
     ----------
     slugs : sequence of str, default all methods
@@ -206,7 +228,14 @@ def run_claims(
         if ledger is not None:
             update_ledger(ledger, entry)
 
-    _measure_all(list(_selected(slugs, only)), scale, seeds, progress or quiet(), engine, enter)
+    shown = progress or quiet()
+
+    def missing(card: Card, claim: ClaimCard, error: DataError) -> None:
+        shown.say(f"{card.slug}/{claim.id}: not measured, the ledger keeps what it has. {error}")
+
+    # asked for by name, a claim without its data is a mistake; among all claims it is passed over
+    passed_over = None if slugs else missing
+    _measure_all(list(_selected(slugs, only)), scale, seeds, shown, engine, enter, passed_over)
     return entries
 
 

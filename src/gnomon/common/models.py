@@ -24,6 +24,7 @@ __all__ = [
     "ARCHITECTURES",
     "Workbench",
     "export_model",
+    "load_config",
     "load_model",
     "load_tokenizer",
     "save_model",
@@ -180,6 +181,30 @@ def _rebuilding(cls: type[PreTrainedModel], entries: list[dict[str, Any]]) -> ty
     return type(cls.__name__, (cls,), {"__init__": __init__, "__module__": cls.__module__})
 
 
+def load_config(path_or_hub_id: str | Path, **options: Any) -> PreTrainedConfig:
+    """Load a model's configuration, also of the model classes that gnomon's methods bring.
+
+    Parameters
+    ----------
+    path_or_hub_id : str or Path
+    **options
+        Configuration values to change.
+
+    Raises
+    ------
+    ModelError
+        When there is no model at that place.
+    """
+    where = str(path_or_hub_id)
+    try:
+        _register_type(where)
+        return AutoConfig.from_pretrained(where, **options)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(
+            f"{where!r} is no model: {_first_line(error)}. Give a folder with config.json and weights, or a hub id."
+        ) from error
+
+
 def load_model(path_or_hub_id: str | Path, **from_pretrained_kwargs: Any) -> PreTrainedModel:
     """Load a model with the surgery gnomon recorded in it, and its adapter if one was saved beside it.
 
@@ -201,13 +226,7 @@ def load_model(path_or_hub_id: str | Path, **from_pretrained_kwargs: Any) -> Pre
         When there is no model at that place, or its recorded surgery is not known to this version.
     """
     where = str(path_or_hub_id)
-    try:
-        _register_type(where)
-        config = AutoConfig.from_pretrained(where)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(
-            f"{where!r} is no model: {_first_line(error)}. Give a folder with config.json and weights, or a hub id."
-        ) from error
+    config = load_config(where)
     cls = model_class(config)
     entries = list(getattr(config, "gnomon", None) or [])
     loader = _rebuilding(cls, entries) if entries else cls

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig
 
 from gnomon import catalog
 from gnomon.common import corpora, models
@@ -109,11 +108,9 @@ def build_model(spec: ModelSpec, *, vocab_size: int, context: int, seed: int, me
             raise ConfigError(f"model.options: {error}. Allowed: configuration values of the architecture.") from error
     elif spec.weights == "random" or meta:
         try:
-            config = AutoConfig.from_pretrained(spec.path, **spec.options)
-        except (OSError, ValueError, KeyError) as error:
-            raise ModelError(
-                f"model.path: {spec.path!r} is no model. Give a folder with config.json, or a hub id."
-            ) from error
+            config = models.load_config(spec.path, **spec.options)
+        except ModelError as error:
+            raise ModelError(f"model.path: {error}") from error
         config._name_or_path = ""  # methods take a name for the sign of trained weights
         cls = models.model_class(config)
         with device, torch.random.fork_rng(devices=[]):
