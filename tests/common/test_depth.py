@@ -135,6 +135,94 @@ def test_a_removed_block_equals_an_identity_also_when_generating(architecture: s
     assert torch.equal(tokens, again), "cache slots are numbered anew"
 
 
+def test_one_pass_gives_variance_and_angles() -> None:
+    model = wide()
+    rows = [{"input_ids": IDS[0, :4]}, {"input_ids": IDS[1]}, {"input_ids": IDS[2]}]
+    passes: list[int] = []
+    model.model.layers[0].register_forward_pre_hook(lambda module, args: passes.append(1))
+    variance, angles = depth.stream_statistics(model, rows, batch_size=2)
+    assert len(passes) == 2, "one pass a batch"
+    assert torch.equal(variance, depth.residual_variance(model, rows, batch_size=2))
+    torch.testing.assert_close(angles, depth.angular_distances(model, rows, batch_size=2), equal_nan=True)
+    assert depth.stream_statistics(model, rows, max_distance=0)[1].shape == (4, 0)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gpt_neox", "gemma2"])
+def test_drops_measured_from_inside_are_those_of_full_passes(architecture: str) -> None:
+    model = wide(architecture)
+    rows = [{"input_ids": IDS[0, :4]}, {"input_ids": IDS[1]}, {"input_ids": IDS[2]}]
+    full = [
+        depth.block_removal_drop(model, metric=lambda m: depth.token_loss(m, rows, batch_size=2), blocks=[index])
+        for index in range(4)
+    ]
+    expected = torch.cat(full)
+    torch.testing.assert_close(depth.block_removal_drop(model, rows, batch_size=2), expected, atol=1e-6, rtol=1e-5)
+    some = depth.block_removal_drop(model, rows, batch_size=2, blocks=[3, 1, 3])
+    torch.testing.assert_close(some, expected[[3, 1, 3]], atol=1e-6, rtol=1e-5)
+    assert depth.block_removal_drop(model, rows, blocks=[]).shape == (0,)
+
+
+def test_drops_measured_from_inside_run_half_of_the_blocks() -> None:
+    model = wide(num_layers=8)
+    calls: list[int] = []
+    for block in model.model.layers:
+        block.mlp.register_forward_hook(lambda module, args, output: calls.append(1))
+    depth.block_removal_drop(model, IDS)
+    whole, look = 8, 8
+    assert len(calls) - whole - look == sum(8 - 1 - index for index in range(8)) + 7, "those behind, and one to go on"
+    assert not any("forward" in block.__dict__ for block in model.model.layers)
+
+
+def test_compiled_and_shared_blocks_are_measured_by_full_passes() -> None:
+    model = wide(num_layers=3)
+    expected = depth.block_removal_drop(model, IDS)
+    calls: list[int] = []
+    model.model.layers[2].mlp.register_forward_hook(lambda module, args, output: calls.append(1))
+    model.model.layers[0]._compiled_call_impl = model.model.layers[0]._call_impl
+    torch.testing.assert_close(depth.block_removal_drop(model, IDS), expected, atol=1e-6, rtol=1e-5)
+    assert len(calls) == 4, "the whole model, and without each block"
+    shared = wide(num_layers=3)
+    shared.model.layers = nn.ModuleList([shared.model.layers[0]] * 3)
+    assert depth.block_removal_drop(shared, IDS).shape == (3,)
+
+
+def test_an_interrupted_measurement_leaves_the_blocks_alone() -> None:
+    model = wide()
+    before = model(IDS).logits
+
+    def stop(module, args):
+        if len(args[0]) == 5 and "forward" in model.model.layers[0].__dict__:
+            raise KeyboardInterrupt
+
+    handle = model.lm_head.register_forward_pre_hook(stop)
+    with pytest.raises(KeyboardInterrupt):
+        depth.block_removal_drop(model, IDS)
+    handle.remove()
+    assert torch.equal(model(IDS).logits, before)
+
+
+def test_lists_with_an_entry_a_block_lose_that_of_a_removed_one() -> None:
+    model = tiny("llama")
+    model.config.gnomon = [
+        {"slug": "one", "options": {"layer_placements": ["a", "b", "c", "d"], "target_modules": ["e", "f", "g", "h"]}}
+    ]
+    twin = copy.deepcopy(model)
+    depth.remove_block(model, 1)
+    assert model.config.gnomon[0]["options"] == {
+        "layer_placements": ["a", "c", "d"],
+        "target_modules": ["e", "f", "g", "h"],
+    }
+    assert len(twin.config.gnomon[0]["options"]["layer_placements"]) == 4
+
+
+def test_blocks_that_share_a_cache_slot_are_not_removed() -> None:
+    model = tiny("llama")
+    model.model.layers[3].self_attn.layer_idx = 2
+    with pytest.raises(ModelError, match=r"share slots of the KV cache \(layer_idx \[0, 1, 2, 2\]\)"):
+        depth.remove_block(model, 1)
+    assert len(model.model.layers) == 4
+
+
 def test_the_drop_takes_any_metric() -> None:
     model = wide()
 

@@ -141,7 +141,7 @@ def test_a_plan_from_a_model_its_configuration_and_its_folder_is_one(tmp_path):
         (tiny("marian"), "encoder-decoder"),
         (torch.nn.Linear(2, 2), "no configuration"),
         (object(), "neither a model nor a configuration"),
-        ("/no/such/folder", "has no model configuration.*config.json"),
+        ("/no/such/folder", "is no model.*config\\.json"),
         (transformers.ViTConfig(), "no decoder that transformers"),
     ],
 )

@@ -24,6 +24,9 @@ app = typer.Typer(
 claims_app = typer.Typer(no_args_is_help=True, help="Re-measure the papers' claims.", rich_markup_mode=None)
 app.add_typer(claims_app, name="claims")
 
+EngineOption = Annotated[
+    str, typer.Option("--engine", help="local, or ray: spread independent work over a Ray cluster (RAY_ADDRESS).")
+]
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 
 
@@ -78,6 +81,7 @@ def run(
     ] = False,
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of recipes, for editors.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False,
+    engine: EngineOption = "local",
     as_json: JsonFlag = False,
 ) -> None:
     """Run a recipe, or go on with one that was interrupted."""
@@ -92,7 +96,79 @@ def run(
         dry_run=dry_run,
         schema=schema,
         quiet=quiet,
+        engine=engine,
         as_json=as_json,
+    )
+
+
+@app.command()
+def plan(
+    model: Annotated[
+        str,
+        typer.Argument(help="Non-embedding parameters (7e9, 7B), architecture:size (llama:130m), a folder or hub id."),
+    ] = "",
+    tokens: Annotated[str | None, typer.Option(help="Training tokens: 1.4T, 100e9.")] = None,
+    seq_len: Annotated[int, typer.Option(help="Tokens in one sequence.")] = 2048,
+    batch: Annotated[str | None, typer.Option(help="A batch you choose, in tokens, in place of the best.")] = None,
+    micro_batch: Annotated[int | None, typer.Option(help="Sequences in one pass of one device.")] = None,
+    devices: Annotated[int | None, typer.Option(help="Number of devices; the batch is fitted to them.")] = None,
+    law: Annotated[str, typer.Option(help="step-law; all, or another law's name, to see it beside.")] = "step-law",
+    loss: Annotated[float | None, typer.Option(help="Expected final loss, for laws that need it.")] = None,
+    fit: Annotated[Path | None, typer.Option(help="Refit on a table of runs: N, D, lr, bs, smooth loss.")] = None,
+    compare: Annotated[Path | None, typer.Option(help="What each law's choice costs on a table of runs.")] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Plan a pre-training run: learning rate, batch and steps for MODEL and --tokens."""
+    from gnomon.cli import planning
+
+    planning.plan_command(
+        model,
+        tokens=tokens,
+        seq_len=seq_len,
+        batch=batch,
+        micro_batch=micro_batch,
+        devices=devices,
+        law=law,
+        loss=loss,
+        fit=fit,
+        compare=compare,
+        as_json=as_json,
+    )
+
+
+@app.command()
+def evaluate(
+    task: Annotated[str, typer.Argument(help="A task; without one, the tasks are listed.")] = "",
+    model: Annotated[str, typer.Option(help="Inspect name (openai-api/local/NAME, hf/ID, ...) or a folder.")] = "",
+    data: Annotated[list[str] | None, typer.Option(help="The task's data: a file, or several.")] = None,
+    run: Annotated[Path | None, typer.Option(help="Score this file of predictions; no model is run.")] = None,
+    model_args: Annotated[list[str] | None, typer.Option("--model-arg", help="key=value for the provider.")] = None,
+    base_url: Annotated[str | None, typer.Option("--model-base-url", help="Where the server is.")] = None,
+    options: Annotated[list[str] | None, typer.Option("-T", help="key=value: an option of the task.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Only the first samples.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Ask this many times; scores are averaged per sample.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The run folder. Default runs/evaluate-<task>-<hash>.")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Show no progress.")] = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Run a task on a model through Inspect, or score a file of predictions."""
+    from gnomon.cli.evaluating import Request, run_command
+
+    run_command(
+        Request(
+            task=task,
+            model=model,
+            data=data or [],
+            run=run,
+            model_args=model_args or [],
+            base_url=base_url,
+            options=options or [],
+            limit=limit,
+            epochs=epochs,
+            out=out,
+            quiet=quiet,
+            as_json=as_json,
+        )
     )
 
 
@@ -114,12 +190,13 @@ def claims_run(
     ledger: Annotated[Path, typer.Option(help="Ledger to update; its page is written beside it.")] = Path(
         "claims/ledger.json"
     ),
+    engine: EngineOption = "local",
     as_json: JsonFlag = False,
 ) -> None:
     """Measure claims: the paper's figure beside ours, the spread over seeds, a computed verdict."""
     from gnomon.cli import claiming
 
-    claiming.run_command(slugs or [], every, claim, scale, seeds, ledger, as_json)
+    claiming.run_command(slugs or [], every, claim, scale, seeds, ledger, as_json, engine)
 
 
 @claims_app.command("table")
