@@ -15,6 +15,7 @@ from gnomon.common.depth.states import (
     for_plotting,
     output_variance,
     residual_variance,
+    stream_statistics,
 )
 
 __all__ = [
@@ -31,5 +32,6 @@ __all__ = [
     "remove_block",
     "residual_variance",
     "skipping_block",
+    "stream_statistics",
     "token_loss",
 ]

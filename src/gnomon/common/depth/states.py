@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float, Int
@@ -15,7 +15,16 @@ from gnomon.common.depth.running import Batch, device_of, evaluating, first_tens
 from gnomon.common.layers import decoder_blocks, family
 from gnomon.errors import MethodError, ModelError
 
-__all__ = ["angular_distance", "angular_distances", "for_plotting", "output_variance", "residual_variance"]
+__all__ = [
+    "angular_distance",
+    "angular_distances",
+    "for_plotting",
+    "output_variance",
+    "residual_variance",
+    "stream_statistics",
+]
+
+Measured = TypeVar("Measured")
 
 
 def output_variance(
@@ -64,18 +73,77 @@ def residual_variance(model: nn.Module, batches: Any, *, batch_size: int = 8) ->
     >>> residual_variance(tiny("llama"), torch.zeros(2, 8, dtype=torch.long)).shape
     torch.Size([4])
     """
+    return stream_statistics(model, batches, max_distance=0, batch_size=batch_size)[0]
+
+
+@torch.no_grad()
+def stream_statistics(
+    model: nn.Module, batches: Any, *, max_distance: int | None = None, batch_size: int = 8
+) -> tuple[Float[Tensor, " layers"], Float[Tensor, "layers distances"]]:
+    """Return `residual_variance` and `angular_distances` from one pass over the batches.
+
+    Of each block's states only the variance and the last token's vector are kept.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+    batches : LongTensor (n, T), mapping, or iterable
+    max_distance : int, optional
+        Greatest distance; default the number of blocks, 0 for no angles.
+    batch_size : int, default 8
+
+    Returns
+    -------
+    tuple of Tensor (layers,), Tensor (layers, max_distance)
+        float64, on the CPU.
+
+    Raises
+    ------
+    MethodError
+        When `max_distance` is not between 0 and the number of blocks.
+
+    Examples
+    --------
+    >>> from gnomon.common.models import tiny
+    >>> variance, angles = stream_statistics(tiny("llama"), torch.zeros(2, 8, dtype=torch.long))
+    >>> variance.shape, angles.shape
+    (torch.Size([4]), torch.Size([4, 4]))
+    """
     blocks = decoder_blocks(model)
-    total = torch.zeros(len(blocks), dtype=torch.float64)
+    length = len(blocks)
+    reach = length if max_distance is None else max_distance
+    if not 0 <= reach <= length:
+        raise _no_distance(reach, length)
+    variances = torch.zeros(length, dtype=torch.float64)
+    angles = torch.zeros(length + 1, length + 1, dtype=torch.float64)
     prepared = as_batches(batches, batch_size, device_of(model))
+    rows = 0
     for batch in prepared:
+        last = _last_token(batch)
+        pick = torch.arange(len(last), device=last.device)
         mask = batch.get("attention_mask")
 
-        def keep(x: Tensor, mask: Tensor | None = mask) -> Tensor:
-            return output_variance(x, mask)
+        def measure(
+            given: Tensor, output: Tensor, pick: Tensor = pick, last: Tensor = last, mask: Tensor | None = mask
+        ) -> tuple[Tensor, Tensor, Tensor]:
+            return output_variance(output, mask), given[pick, last].double(), output[pick, last].double()
 
-        for index, (_, variance) in enumerate(_block_states(model, blocks, batch, keep)):
-            total[index] += float(variance)
-    return total / len(prepared)
+        states = _block_states(model, blocks, batch, measure)
+        variances += torch.stack([variance for variance, _, _ in states]).double().cpu()
+        rows += len(last)
+        if reach:
+            points = torch.stack([given.to(last.device) for _, given, _ in states] + [states[-1][2].to(last.device)], 1)
+            angles += _all_angles(points).sum(dim=0).cpu()
+    distances = torch.full((length, reach), torch.nan, dtype=torch.float64)
+    for n in range(1, reach + 1):
+        distances[: length + 1 - n, n - 1] = angles.diagonal(n) / rows
+    return variances / len(prepared), distances
+
+
+def _all_angles(points: Float[Tensor, "batch points features"]) -> Float[Tensor, "batch points points"]:
+    """Angular distance of every pair of points of one sequence: one product a sequence, not one a pair."""
+    unit = points / points.norm(dim=-1, keepdim=True)  # a zero vector becomes NaN
+    return torch.arccos((unit @ unit.mT).clamp(-1.0, 1.0)) / math.pi
 
 
 def angular_distance(a: Float[Tensor, "... features"], b: Float[Tensor, "... features"]) -> Float[Tensor, " ..."]:
@@ -132,28 +200,13 @@ def angular_distances(
     MethodError
         When `max_distance` is not between 1 and the number of blocks.
     """
-    blocks = decoder_blocks(model)
-    length = len(blocks)
-    reach = length if max_distance is None else max_distance
-    if not 1 <= reach <= length:
-        raise MethodError(f"max_distance = {max_distance}. It must be between 1 and the number of blocks, {length}.")
-    sums = torch.zeros(length, reach, dtype=torch.float64)
-    rows = 0
-    for batch in as_batches(batches, batch_size, device_of(model)):
-        last = _last_token(batch)
-        pick = torch.arange(len(last), device=last.device)
+    if max_distance is not None and max_distance < 1:
+        raise _no_distance(max_distance, len(decoder_blocks(model)))
+    return stream_statistics(model, batches, max_distance=max_distance, batch_size=batch_size)[1]
 
-        def keep(x: Tensor, pick: Tensor = pick, last: Tensor = last) -> Tensor:
-            return x[pick, last].double()
 
-        states = _block_states(model, blocks, batch, keep)
-        points = [given for given, _ in states] + [states[-1][1]]
-        rows += len(last)
-        for i in range(length):
-            for n in range(1, min(reach, length - i) + 1):
-                sums[i, n - 1] += angular_distance(points[i], points[i + n]).sum().cpu()
-    distance = torch.arange(1, reach + 1)[None, :] + torch.arange(length)[:, None]
-    return torch.where(distance <= length, sums / rows, torch.nan)
+def _no_distance(given: int, length: int) -> MethodError:
+    return MethodError(f"max_distance = {given}. It must be between 1 and the number of blocks, {length}.")
 
 
 def for_plotting(distances: Float[Tensor, "layers distances"]) -> Float[Tensor, "layers distances"]:
@@ -182,14 +235,14 @@ def _last_token(batch: Batch) -> Int[Tensor, " batch"]:
 
 
 def _block_states(
-    model: nn.Module, blocks: nn.ModuleList, batch: Batch, keep: Callable[[Tensor], Tensor]
-) -> list[tuple[Tensor, Tensor]]:
-    """Run the model once; return ``keep`` of the input and of the output of every block call, in call order."""
-    states: list[tuple[Tensor, Tensor]] = []
+    model: nn.Module, blocks: nn.ModuleList, batch: Batch, measure: Callable[[Tensor, Tensor], Measured]
+) -> list[Measured]:
+    """Run the model once; return ``measure(input, output)`` of every block call, in call order."""
+    states: list[Measured] = []
 
     def note(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         given = first_tensor(args) if args else first_tensor(list(kwargs.values()))
-        states.append((keep(given.detach()), keep(first_tensor(output).detach())))
+        states.append(measure(given.detach(), first_tensor(output).detach()))
 
     handles = [block.register_forward_hook(note, with_kwargs=True) for block in dict.fromkeys(blocks)]
     try:

@@ -1,0 +1,164 @@
+"""Data Diet: norms of per-row gradients against a plain forward and backward pass, and EL2N against a forward pass.
+
+    python benchmarks/data_diet.py [--rounds 9]
+
+A Llama of 1.3M parameters (16 rows of 64 tokens), one with tied embeddings, and a small convolutional network. The
+peers compute the same norms by a loop over rows and by torch.func.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from timing import check, compare, finish
+from torch import nn
+
+from gnomon.claims.data_diet import small_convnet
+from gnomon.common.memory import PeakMemory
+from gnomon.common.models import tiny
+from gnomon.data.data_diet import GradientNorms, el2n
+from gnomon.data.data_diet.rows import Batch, aligned_logits, as_batch, row_losses
+
+
+def plain(model: nn.Module, batch: Batch) -> Callable[[], None]:
+    """One forward and one backward pass, as in training."""
+
+    def run() -> None:
+        model.zero_grad(set_to_none=True)
+        logits, targets = aligned_logits(model, batch)
+        row_losses(logits, targets).mean().backward()
+
+    return run
+
+
+def ghost(model: nn.Module, batch: Batch) -> Callable[[], Any]:
+    norms = GradientNorms(model)
+    norms(batch)  # the check against plain autograd is made once for a data set
+    return lambda: norms(batch)
+
+
+def slow(model: nn.Module, batch: Batch, how: Any) -> Callable[[], Any]:
+    norms = GradientNorms(model, how=how)
+    return lambda: norms(batch)
+
+
+def per_row_gradients(model: nn.Module, batch: Batch) -> Callable[[], Any]:
+    """The usual torch.func recipe: vmap(grad) over all rows, every gradient in memory."""
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+
+    def loss(weights: Any, ids: torch.Tensor) -> torch.Tensor:
+        logits = torch.func.functional_call(model, weights, (), {"input_ids": ids[None], "use_cache": False}).logits
+        return nn.functional.cross_entropy(logits[0, :-1].float(), ids[1:])
+
+    gradients = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))
+
+    def run() -> torch.Tensor:
+        found = gradients(parameters, batch.targets)
+        return sum(g.flatten(1).square().sum(1) for g in found.values()) ** 0.5
+
+    return run
+
+
+def llama(rows: int = 16, tokens: int = 64, **sizes: Any) -> tuple[nn.Module, Batch]:
+    model = tiny("llama", **{"vocab_size": 2048, "hidden_size": 128, "num_layers": 4, **sizes}).eval()
+    ids = torch.randint(1, 2048, (rows, tokens), generator=torch.Generator().manual_seed(0))
+    return model, as_batch(model, ids)
+
+
+def language_model(rounds: int) -> None:
+    model, batch = llama()
+    size = sum(p.numel() for p in model.parameters())
+    candidates = {
+        "grand": ghost(model, batch),
+        "plain forward + backward": plain(model, batch),
+        "loop over rows": slow(model, batch, "loop"),
+        "torch.func vmap(grad)": per_row_gradients(model, batch),
+    }
+    exact = candidates["loop over rows"]()
+    for name in ("grand", "torch.func vmap(grad)"):
+        check(f"{name}: largest relative difference", float((candidates[name]() / exact - 1).abs().max()), at_most=1e-4)
+    title = f"GraNd, Llama of {size / 1e6:.1f}M parameters, 16 rows of 64 tokens"
+    compare(title, candidates, ours="grand", peer="plain forward + backward", at_most=1.3, rounds=rounds)
+    model, batch = llama(tie=True)
+    pair = {"grand": ghost(model, batch), "plain forward + backward": plain(model, batch)}
+    compare("the same with tied embeddings", pair, ours="grand", peer="plain forward + backward", at_most=1.3,
+            rounds=rounds)  # fmt: skip
+    model, batch = llama(4, 256, max_positions=256)
+    pair = {"grand": ghost(model, batch), "plain forward + backward": plain(model, batch)}
+    compare("4 rows of 256 tokens", pair, ours="grand", peer="plain forward + backward", at_most=1.3, rounds=rounds)
+
+
+def images(rounds: int) -> None:
+    model = small_convnet(0).eval()
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(64, 3, 32, 32, generator=generator), torch.randint(10, (64,), generator=generator)
+    batch = as_batch(model, (x, y))
+    candidates = {
+        "grand": ghost(model, batch),
+        "plain forward + backward": plain(model, batch),
+        "loop over rows": slow(model, batch, "loop"),
+        "torch.func": slow(model, batch, "func"),
+    }
+    title = "GraNd, convolutional network of 0.07M parameters, 64 images"
+    compare(title, candidates, ours="grand", peer="plain forward + backward", rounds=max(3, rounds // 2))
+
+
+def forward_only(rounds: int) -> None:
+    model, batch = llama()
+
+    @torch.no_grad()
+    def floor() -> Any:
+        return aligned_logits(model, batch)
+
+    @torch.no_grad()
+    def ours() -> Any:
+        return el2n(*aligned_logits(model, batch))
+
+    @torch.no_grad()
+    def naive() -> Any:
+        logits, targets = aligned_logits(model, batch)
+        error = logits.float().softmax(-1) - nn.functional.one_hot(targets, logits.shape[-1])
+        return error.norm(dim=-1).mean(1)
+
+    candidates = {"el2n": ours, "forward pass": floor, "softmax - onehot": naive}
+    compare("EL2N, Llama of 1.3M parameters", candidates, ours="el2n", peer="forward pass", at_most=1.3, rounds=rounds)
+    compare(
+        "EL2N against its definition", candidates, ours="el2n", peer="softmax - onehot", at_least=1.0, rounds=rounds
+    )
+
+
+def memory() -> None:
+    """Resident memory that a batch of 16 rows adds, beside the B x P floats that per-row gradients would take."""
+    model, batch = llama(16, 32, hidden_size=384, num_layers=4, num_heads=6)
+    size = sum(p.numel() for p in model.parameters())
+    print(f"\nmemory, Llama of {size / 1e6:.1f}M parameters, 16 rows of 32 tokens")
+    added = {}
+    for name, run in (("grand", ghost(model, batch)), ("plain forward + backward", plain(model, batch))):
+        gc.collect()
+        with PeakMemory(every=0.002) as peak:
+            run()
+        added[name] = peak.added
+        print(f"  {name:<48} {peak.added / 2**20:10.1f} MiB")
+        model.zero_grad(set_to_none=True)
+    full = 16 * size * 4
+    print(f"  {'16 gradients':<48} {full / 2**20:10.1f} MiB")
+    check("memory: grand over 16 gradients", added["grand"] / full, at_most=0.25)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=9)
+    options = parser.parse_args()
+    language_model(options.rounds)
+    images(options.rounds)
+    forward_only(options.rounds)
+    memory()
+    finish()
+
+
+if __name__ == "__main__":
+    main()
