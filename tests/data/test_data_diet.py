@@ -131,13 +131,23 @@ def test_no_second_array_of_logits_is_held(monkeypatch: pytest.MonkeyPatch) -> N
     z, y = logits_of(64, 50)
     whole = el2n(z, y)
     before = z.clone()
-    monkeypatch.setattr(scores, "_CHUNK", 150)  # three rows at a time
+    monkeypatch.setitem(scores._CHUNK, "cpu", 150)  # three rows at a time
     sizes: list[int] = []
     parts = scores._parts
     monkeypatch.setattr(scores, "_parts", lambda a, b: (sizes.append(len(a)), parts(a, b))[1])
     torch.testing.assert_close(el2n(z, y), whole, rtol=0, atol=0)
     assert max(sizes) == 3
     assert torch.equal(z, before)
+    tokens = z.reshape(8, 8, 50)
+    torch.testing.assert_close(el2n(tokens, y.reshape(8, 8)), whole.reshape(8, 8).mean(1))
+    assert max(sizes) == 8  # a row of tokens at a time
+
+
+def test_classes_that_are_impossible() -> None:
+    z = torch.tensor([[1.0, -math.inf, -math.inf], [1.0, 1.0, -math.inf], [-math.inf, 1.0, 1.0]])
+    expected = torch.tensor([0.0, math.sqrt(0.5), math.sqrt(1.5)])
+    torch.testing.assert_close(el2n(z, torch.zeros(3, dtype=torch.long)), expected)
+    assert bool(torch.isnan(el2n(torch.tensor([[math.nan, 0.0]]), torch.tensor([0]))).all())
 
 
 def test_bad_labels_and_shapes_are_named() -> None:

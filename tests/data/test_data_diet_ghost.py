@@ -454,3 +454,22 @@ def test_models_without_a_norm_are_refused() -> None:
         grand(nn.Linear(6, 3), {"x": floats(B, 6)})
     with pytest.raises(DataError, match="has no labels"):
         grand(nn.Linear(6, 3), floats(B, 6))
+
+
+@pytest.mark.parametrize("options", [{}, {"stride": (2, 1), "dilation": (1, 2)}, {"groups": 2, "padding": (0, 2)}])
+def test_convolutions_place_by_place(options: dict[str, Any]) -> None:
+    model = nn.Sequential(nn.Conv2d(16, 16, (3, 2), **options), nn.Tanh(), Channels(), nn.Linear(16, 3))
+    check(model, (floats(B, 16, 14, 13), whole(B, high=3)))
+
+
+class TwiceConvolved(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.head = nn.Conv2d(8, 8, 3, padding=1), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.layer(F.avg_pool2d(self.layer(x).tanh(), 2)).mean((2, 3)))
+
+
+def test_a_convolution_called_twice_on_different_sizes() -> None:
+    check(TwiceConvolved(), (floats(B, 8, 6, 8), whole(B, high=3)))

@@ -37,7 +37,9 @@ def test_missing_notes_are_asked_for(monkeypatch, tmp_path):
         monkeypatch.delenv("GNOMON_SHARED_DATA", raising=False)
         if root:
             monkeypatch.setenv("GNOMON_SHARED_DATA", root)
-        with pytest.raises(DataError, match="Set GNOMON_SHARED_DATA to a folder that holds"):
+        with pytest.raises(
+            DataError, match=r"medec/ms_\w+.csv.gz below.*set the environment variable GNOMON_SHARED_DATA"
+        ):
             claims.error_sentence_above_chance("chance", 0)
 
 

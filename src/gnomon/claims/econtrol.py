@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import gzip
 import math
-import os
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from gnomon.claims.experiment import experiment
-from gnomon.errors import DataError
+from gnomon.claims.real_data import real_file
 from gnomon.optim.econtrol import simulate
 
 __all__ = ["compressed_classifier", "heterogeneous", "linear_speed_up"]
@@ -114,14 +112,7 @@ def linear_speed_up(arm: str, seed: int, scale: str) -> float:
 def _mushrooms() -> tuple[Tensor, Tensor]:
     from sklearn.datasets import load_svmlight_file
 
-    root = os.environ.get("GNOMON_SHARED_DATA")
-    file = Path(root or "data") / "econtrol" / "mushrooms.libsvm.gz"
-    if not file.is_file():
-        raise DataError(
-            "this claim is about the LIBSVM set 'mushrooms'. Set GNOMON_SHARED_DATA to a folder that holds "
-            "econtrol/mushrooms.libsvm.gz.",
-            file=file,
-        )
+    file = real_file("econtrol/mushrooms.libsvm.gz", "the LIBSVM collection's set mushrooms, gzipped")
     with gzip.open(file) as handle:
         rows, labels = load_svmlight_file(handle, n_features=112)
     return torch.tensor(rows.toarray()), torch.tensor(labels == labels.max(), dtype=torch.float64) * 2 - 1

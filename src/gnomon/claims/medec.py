@@ -13,16 +13,14 @@ The notes are taken from the folder that the environment variable GNOMON_SHARED_
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from functools import lru_cache
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from gnomon.claims.experiment import experiment
-from gnomon.errors import DataError
+from gnomon.claims.real_data import real_file
 from gnomon.evals.medec import Note, read_notes
 
 __all__ = ["Surface", "bag_of_words", "error_sentence_above_chance", "location_is_easier_than_detection"]
@@ -45,15 +43,8 @@ class Surface(NamedTuple):
 
 @lru_cache(maxsize=2)
 def _notes(split: str) -> tuple[Note, ...]:
-    root = os.environ.get("GNOMON_SHARED_DATA")
-    folder = Path(root or ".") / "medec"
-    if not root or not folder.is_dir():
-        raise DataError(
-            "this claim is measured on the notes of MEDEC-MS. Set GNOMON_SHARED_DATA to a folder that holds "
-            "medec/ms_val.csv.gz and medec/ms_test.csv.gz (from github.com/abachaa/MEDEC, MEDEC-MS/*.csv).",
-            file=folder,
-        )
-    return tuple(read_notes(folder / f"ms_{split}.csv.gz"))
+    file = real_file(f"medec/ms_{split}.csv.gz", "MEDEC-MS/*.csv of github.com/abachaa/MEDEC, gzipped")
+    return tuple(read_notes(file))
 
 
 def bag_of_words(train: Sequence[Note], test: Sequence[Note]) -> Surface:

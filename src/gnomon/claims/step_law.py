@@ -10,7 +10,6 @@ a plain bootstrap over the 12 dense groups puts the mean of 0.94 between 0.45 an
 
 from __future__ import annotations
 
-import os
 from functools import lru_cache
 from pathlib import Path
 
@@ -18,7 +17,7 @@ import numpy as np
 import pandas as pd
 
 from gnomon.claims.experiment import experiment
-from gnomon.errors import DataError
+from gnomon.claims.real_data import real_file
 from gnomon.planning.step_law import FITTED, convexity, excess_loss, law_on_runs, read_runs
 
 __all__ = ["experts_all_count", "groups_of_seed", "loss_is_a_bowl", "near_the_best_run", "within_a_hair"]
@@ -32,15 +31,7 @@ def _table(path: Path) -> pd.DataFrame:
 
 
 def _runs(kind: str) -> pd.DataFrame:
-    root = os.environ.get("GNOMON_SHARED_DATA", "")
-    path = Path(root) / "step-law" / _FILES[kind]
-    if not root or not path.is_file():
-        raise DataError(
-            f"this claim is measured on the authors' tables of runs, and there is no step-law/{path.name} below "
-            f"GNOMON_SHARED_DATA = {root!r}. Download data/ of github.com/step-law/steplaw into a folder step-law "
-            "(csv, gzipped) and set the environment variable GNOMON_SHARED_DATA to the folder above it.",
-            file=path if root else None,
-        )
+    path = real_file(f"step-law/{_FILES[kind]}", "the tables in data/ of github.com/step-law/steplaw, gzipped")
     return _table(path)
 
 

@@ -5,6 +5,7 @@ Notation: B rows, T positions of a row, h what enters, d the gradient of the los
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,8 +28,6 @@ class Vector:
 
     value: Tensor
 
-    kind = "vector"
-
 
 @dataclass
 class Outer:
@@ -36,7 +35,43 @@ class Outer:
 
     h: Tensor
     d: Tensor
-    kind: str = "outer"
+
+
+@dataclass
+class Patches:
+    """The gradient of a convolution: an `Outer` over patches of x (padded; (B, in, H, W)) that are not cut out yet."""
+
+    x: Tensor
+    d: Tensor
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+
+    def unfolded(self) -> Outer:
+        """Cut out the patches."""
+        rows, positions = len(self.d), self.d.shape[2] * self.d.shape[3]
+        patches = F.unfold(self.x, self.kernel, dilation=self.dilation, stride=self.stride)
+        h = patches.reshape(rows, self.groups, -1, positions).transpose(2, 3)
+        return Outer(h, self.d.reshape(rows, self.groups, -1, positions).transpose(2, 3))
+
+    def squares(self) -> Tensor:
+        """Return the squared norms (B,); with many positions one place of the kernel after the other."""
+        rows, out, *size = self.d.shape
+        positions, outs, ins = size[0] * size[1], out // self.groups, self.x.shape[1] // self.groups
+        m = ins * self.kernel[0] * self.kernel[1]
+        if ins < 8 or positions * (m + outs) <= m * outs:
+            return _grouped_squares([self.unfolded()])
+        d = self.d.reshape(rows * self.groups, outs, positions)
+        total = d.new_zeros(rows)
+        for place in itertools.product(*map(range, self.kernel)):
+            cut = tuple(
+                slice(at * step, at * step + stride * (count - 1) + 1, stride)
+                for at, step, stride, count in zip(place, self.dilation, self.stride, size, strict=True)
+            )
+            x = self.x[:, :, cut[0], cut[1]].reshape(rows * self.groups, ins, positions)
+            total += torch.bmm(d, x.transpose(1, 2)).square().reshape(rows, -1).sum(1)
+        return total
 
 
 @dataclass
@@ -45,8 +80,6 @@ class Lookup:
 
     ids: Tensor
     d: Tensor
-
-    kind = "lookup"
 
 
 @dataclass
@@ -57,10 +90,8 @@ class Tied:
     d_at_ids: Tensor
     squares: Tensor
 
-    kind = "tied"
 
-
-Contribution = Vector | Outer | Lookup | Tied
+Contribution = Vector | Outer | Patches | Lookup | Tied
 Rule = Callable[[nn.Module, Tensor, Tensor, int], dict[str, Contribution]]
 
 
@@ -129,7 +160,11 @@ def squares_of(parts: Sequence[Contribution]) -> Tensor:
     vectors = [part.value for part in parts if isinstance(part, Vector)]
     if vectors:
         return torch.stack(vectors).sum(0).flatten(1).square().sum(1)
-    outers = [part for part in parts if isinstance(part, Outer)]
+    if len(parts) == 1 and isinstance(parts[0], Patches):
+        return parts[0].squares()
+    outers = [
+        part.unfolded() if isinstance(part, Patches) else part for part in parts if isinstance(part, (Outer, Patches))
+    ]
     tied = [part for part in parts if isinstance(part, Tied)]
     lookups = [part for part in parts if isinstance(part, Lookup)]
     if not lookups:
@@ -170,8 +205,7 @@ def _by_row(x: Tensor, rows: int, *shape: int) -> Tensor:
 
 def _linear(module: Any, x: Tensor, d: Tensor, rows: int) -> dict[str, Contribution]:
     d = _by_row(d, rows, d.shape[-1])
-    kind = "outer" if isinstance(module, nn.Linear) else "transposed"
-    return {"weight": Outer(_by_row(x, rows, x.shape[-1])[:, None], d[:, None], kind), "bias": Vector(d.sum(1))}
+    return {"weight": Outer(_by_row(x, rows, x.shape[-1])[:, None], d[:, None]), "bias": Vector(d.sum(1))}
 
 
 def _embedding(module: Any, x: Tensor, d: Tensor, rows: int) -> dict[str, Contribution]:
@@ -192,18 +226,13 @@ def is_scaled_lookup(module: Any, ids: Tensor, output: Tensor) -> bool:
 
 
 def _convolution(module: Any, x: Tensor, d: Tensor, rows: int) -> dict[str, Contribution]:
-    flat = isinstance(module, nn.Conv1d)
     mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
     x, d = F.pad(_working(x), module._reversed_padding_repeated_twice, mode=mode), _working(d)
     bias = Vector(d.flatten(2).sum(2))
-    if flat:
-        x, d = x[:, :, None], d[:, :, None]
-    kernel, stride, dilation = ((1, *s) if flat else s for s in (module.kernel_size, module.stride, module.dilation))
-    groups = module.groups
-    d = d.flatten(2).reshape(rows, groups, -1, d.shape[2] * d.shape[3]).transpose(2, 3)
-    patches = F.unfold(x, kernel, dilation=dilation, stride=stride)
-    h = patches.reshape(rows, groups, -1, patches.shape[-1]).transpose(2, 3)
-    return {"weight": Outer(h, d, "convolution"), "bias": bias}
+    kernel, stride, dilation = module.kernel_size, module.stride, module.dilation
+    if isinstance(module, nn.Conv1d):
+        x, d, kernel, stride, dilation = x[:, :, None], d[:, :, None], (1, *kernel), (1, *stride), (1, *dilation)
+    return {"weight": Patches(x, d, kernel, stride, dilation, module.groups), "bias": bias}
 
 
 def _affine(normalised: Tensor, d: Tensor, kept: Sequence[int]) -> dict[str, Contribution]:

@@ -27,7 +27,8 @@ __all__ = [
 IGNORED = -100
 LOGIT_SCORES = ("el2n", "el1", "margin", "sum_margin")
 LogitScore = Literal["el2n", "el1", "margin", "sum_margin"]
-_CHUNK = 1 << 20  # logits worked on at a time, so that no second array of all logits is ever held
+_CHUNK = {"cpu": 1 << 18}  # logits worked on at a time: no second array of all logits is ever held, and caches serve
+_CHUNK_ELSEWHERE = 1 << 24
 
 
 class _Parts(NamedTuple):
@@ -129,23 +130,26 @@ def logit_scores(
     if score not in _FORMULAS:
         raise MethodError(f"score = {score!r} is unknown. {nearest(str(score), LOGIT_SCORES, noun='score')}")
     check_labels(logits, targets, places)
-    flat, labels = logits.reshape(-1, logits.shape[-1]), targets.reshape(-1)
-    used = labels != IGNORED
-    values = flat.new_zeros(len(flat), dtype=torch.float64 if logits.dtype == torch.float64 else torch.float32)
-    step = max(1, _CHUNK // flat.shape[1])
-    for start in range(0, len(flat), step):
+    used = targets != IGNORED
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    values = torch.empty(targets.shape, dtype=dtype, device=logits.device)
+    width = logits[:1].numel()
+    step = max(1, _CHUNK.get(logits.device.type, _CHUNK_ELSEWHERE) // max(1, width))
+    for start in range(0, len(logits), step):
         part = slice(start, start + step)
-        parts = _parts(flat[part].to(values.dtype), labels[part].clamp(min=0))
-        values[part] = _FORMULAS[score](parts)
-    return per_row(values.reshape(targets.shape), used.reshape(targets.shape), places)
+        z = logits[part].reshape(-1, logits.shape[-1]).to(dtype)
+        parts = _parts(z, targets[part].reshape(-1).clamp(min=0))
+        values[part] = _FORMULAS[score](parts).reshape(targets[part].shape)
+    return per_row(values, used, places)
 
 
 def _parts(z: Tensor, labels: Tensor) -> _Parts:
     label = z.gather(1, labels[:, None])[:, 0]
     others = z.scatter(1, labels[:, None], -torch.inf)
-    rest, top = others.logsumexp(1), others.amax(1)
+    top = others.amax(1).clamp(min=torch.finfo(z.dtype).min)  # finite also when no other class is possible
+    weights = others.sub_(top[:, None]).exp_()
+    rest, squares = top + weights.sum(1).log(), 2 * top + torch.linalg.vecdot(weights, weights).log()
     whole = torch.logaddexp(rest, label)
-    squares = others.mul_(2).logsumexp(1)
     return _Parts(label - whole, rest - whole, squares - 2 * whole, top - whole, z.shape[1])
 
 

@@ -174,6 +174,7 @@ def minimise(problem: Problem, start: Float[np.ndarray, "q b"], options: SolverO
     T = problem.X @ theta
     value = negative_log_likelihood(T, problem.weights) + problem.penalty(theta)
     move, miss, stuck = 0.0, np.inf, 0
+    barred = bool((problem.weights[:, 1:-1] > 0).all())  # with a barrier no wall is ever met
     for iteration in range(options.max_iter + 1):
         gradient = problem.gradient(T)
         missed = violation(problem, theta, gradient)
@@ -182,12 +183,12 @@ def minimise(problem: Problem, start: Float[np.ndarray, "q b"], options: SolverO
             return Fit(theta, miss, iteration, True, False, move)
         if iteration == options.max_iter:
             break
-        if T.shape[1] > 1 and T[:, 1:].min() < _PINNED and stuck >= 3:
+        if stuck >= 3 and not barred and T[:, 1:].min() < _PINNED:
             return Fit(theta, miss, iteration, False, True, move)
         direction = _direction(problem, theta, T, gradient, missed, options)
         share, T_new, new_value, limited = _line_search(problem, theta, T, value, gradient, direction)
         if share == 0.0:  # floating point cannot lower the objective any further
-            close = T.shape[1] > 1 and bool(T[:, 1:].min() < 1e-6)
+            close = not barred and bool(T[:, 1:].min() < 1e-6)
             return Fit(theta, miss, iteration, miss <= 100 * options.tol, close, move)
         stuck = stuck + 1 if limited else 0
         move = float(np.abs(T_new - T).max())

@@ -293,18 +293,13 @@ def _fit_one(
     fit = minimise(problem, start, options)
     if fit.converged or not fit.pinned:
         return fit, fit.theta, False
-    theta, before, inside, iterations = start, start, start, fit.iterations
+    theta, inside, iterations = start, start, fit.iterations
     # the Fisher information knows nothing of the barrier, so its steps would crawl
     exact = replace(options, method="proxnewton")
     stages = max(1, math.ceil(math.log(_FIRST_BARRIER / options.barrier, _BARRIER_FACTOR)))
     for stage, mu in enumerate(np.geomspace(_FIRST_BARRIER, options.barrier, stages + 1)):
         # rounding of a spacing near the wall bounds what the conditions can be met to
-        tol = max(options.tol, 1e-7) if stage == stages else min(1e-4, 0.1 * mu**0.5)
-        ahead = theta + (theta - before) * (options.barrier / _FIRST_BARRIER) ** (1 / stages)
-        if stage > 1 and (problem.X @ ahead)[:, 1:].min() > 0:
-            theta, before = theta, theta  # near the wall the fit moves in proportion to mu
-        else:
-            before = theta
+        tol = max(options.tol, 1e-7) if stage == stages else 1e-3
         fit = minimise(problem.with_barrier(mu), theta, replace(exact, tol=tol))
         theta, iterations = fit.theta, iterations + fit.iterations
         if stage == 1:

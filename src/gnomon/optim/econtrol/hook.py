@@ -52,6 +52,12 @@ def econtrol_hook(
     MethodError
         For sparse or complex gradients; for gradients that are not finite with ``nonfinite="raise"`` (PyTorch hands
         it on as a RuntimeError with the same text).
+
+    Examples
+    --------
+    >>> from gnomon.optim import EControlState
+    >>> state = EControlState(ratio=0.01)
+    >>> ddp_model.register_comm_hook(state, econtrol_hook)  # doctest: +SKIP
     """
     group = state.process_group if state.process_group is not None else dist.group.WORLD
     assert group is not None
