@@ -58,6 +58,19 @@ def test_any_pieces_and_paddings_equal_each_text_alone(
         assert cache.layers[0].keys.shape[2] == sum(which)
 
 
+@pytest.mark.parametrize("kind", ["ceiling", "cache"])
+@pytest.mark.parametrize("bounded", [True, False])
+def test_texts_shorter_than_the_sinks(kind: Any, bounded: bool) -> None:
+    """G > L, and passes that begin or end before there are G tokens."""
+    model, text = apply_lm_infinite(llama(layers=2), 4, 9, sink_distance=kind), ids(2, 20)
+    full = logits(model, text)
+    for cuts in ([*range(1, 20)], [5, 6, 8], [7, 8, 9, 10, 11], [6, 13]):
+        cache = LambdaCache(9, 4) if bounded else DynamicCache()
+        torch.testing.assert_close(in_pieces(model, text, cuts, cache)[0], full, rtol=0, atol=3e-5)
+    for tokens in (1, 5, 8, 9):
+        torch.testing.assert_close(logits(model, text[:, :tokens]), full[:, :tokens], rtol=0, atol=3e-5)
+
+
 def test_positions_of_padded_rows_may_count_from_the_padding_or_not(model: Any) -> None:
     text, pads = ids(1, 24), 5
     alone = logits(model, text)

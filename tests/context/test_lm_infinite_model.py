@@ -377,6 +377,7 @@ REFUSED = [
     ("gemma2", {}, "does not support 'gemma2'"),
     ("mistral", {"sliding_window": 8}, "native sliding window of 8 tokens.*sliding_window = None"),
     ("qwen", {"layer_types": ["full_attention", "sliding_attention"], "use_sliding_window": True}, "sliding_attention"),
+    ("llama", {"is_causal": False}, "attends in both directions"),
     ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "'dynamic'.*linear"),
 ]
 

@@ -311,3 +311,26 @@ def test_the_barrier_sets_how_near_the_boundary_the_fit_comes():
     values = [PRESTO(5e-4, solver=SolverOptions(barrier=mu)).fit(X, y).objective_ for mu in (1e-4, 1e-6, 1e-8)]
     assert values[0] > values[1] > values[2]
     assert values[1] - values[2] < 3e-6
+
+
+def test_every_fit_of_awkward_data_converges():
+    """Heavy tails, rare dummies, more columns than rows, up to seven classes, all penalties and both solvers."""
+    fits = 0
+    for seed in range(24):
+        rng = np.random.default_rng(seed)
+        n, p, K = int(rng.integers(15, 120)), int(rng.integers(1, 25)), int(rng.integers(3, 8))
+        X = [rng.normal(size=(n, p)), rng.standard_t(2, (n, p)) * 10.0 ** rng.integers(-5, 5, p),
+             (rng.random((n, p)) < 0.15).astype(float)][seed % 3]  # fmt: skip
+        latent = X / (X.std(0) + 1e-9) @ rng.normal(size=p) * 0.5 + rng.logistic(size=n)
+        y = np.unique(np.searchsorted(np.quantile(latent, np.sort(rng.random(K - 1))), latent), return_inverse=True)[1]
+        model = PRESTO(
+            alpha=(1.0, 0.5, 0.0)[seed // 3 % 3],
+            penalize_first=bool(seed % 2),
+            solver=("proxnewton", "fisher")[seed // 2 % 2],
+        )
+        path = model.path(X, y, n_lambda=8, lambda_min_ratio=1e-3, sample_weight=rng.exponential(size=n))
+        assert path.converged.all(), seed
+        assert (np.diff(path.objective) < 1e-8).all(), seed
+        assert (path.violation < 1e-6).all(), seed
+        fits += path.boundary.sum()
+    assert fits > 20

@@ -17,7 +17,8 @@ from gnomon.common import depth
 from gnomon.common.layers import decoder_blocks
 from gnomon.common.models import tiny
 from gnomon.errors import GnomonWarning, MethodError, ModelError
-from gnomon.nn import BlockGradientMonitor, angular_map, apply_norm_placement, layer_report, unigram_entropy
+from gnomon.nn import BlockGradientMonitor, angular_map, apply_norm_placement, layer_report
+from gnomon.nn.mix_ln.monitor import unigram_entropy
 
 IDS = torch.randint(1, 256, (5, 11), generator=torch.Generator().manual_seed(3))
 
@@ -170,7 +171,8 @@ class TestMonitor:
         data = torch.arange(24 * 12).reshape(24, 12) % 16 + 1
         with warnings.catch_warnings():
             warnings.simplefilter("error", GnomonWarning)
-            train(tmp_path, monitor, data=data, max_steps=60, logging_steps=20, learning_rate=1e-2, warmup_steps=6)
+            model = apply_norm_placement(tiny("llama", num_layers=2), "mix", 0.5)
+            train(tmp_path, monitor, model, data, max_steps=40, logging_steps=20, learning_rate=1e-2, warmup_steps=4)
         assert monitor.collapsed_at is None
 
     def test_a_short_warm_up_is_warned_of_where_blocks_are_post_ln(self, tmp_path) -> None:

@@ -19,7 +19,7 @@ CONTEXT = 64
 WIDE = math.sqrt(2 / 5)  # standard deviation of the embeddings in the "scaled embed" setting
 # steps, sequences a batch, learning rate; small has more steps of smaller batches, so that all runs leave the
 # plateau at the frequencies of the bytes within a claim's time
-SCALES = {"small": (500, 4, 3e-3), "medium": (220, 16, 3e-3), "large": (2000, 32, 1e-3)}
+SCALES = {"small": (600, 4, 3e-3), "medium": (220, 16, 3e-3), "large": (2000, 32, 1e-3)}
 
 
 @lru_cache(maxsize=1)

@@ -241,6 +241,11 @@ def _positions_of(inner: nn.Module) -> str:
 
 
 def _check_positions(config: Any, name: str) -> None:
+    if getattr(config, "is_causal", True) is False:
+        raise ModelError(
+            f"this {name!r} model attends in both directions (config.is_causal = False): lm-infinite is for causal "
+            "models, whose tokens see only what stands before them."
+        )
     kinds = {k for k in getattr(config, "layer_types", None) or () if k != "full_attention"}
     window = getattr(config, "sliding_window", None)
     if kinds or (window is not None and not getattr(config, "layer_types", None)):

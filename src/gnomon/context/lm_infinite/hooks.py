@@ -155,7 +155,7 @@ class BeforeForward:
         g, window = self.options.sinks, self.options.local
         limit = max(REBASE_AT, 2 * (g + window))
         oldest = layout.seen - window
-        if oldest - cache.shift + window + tokens <= limit or layout.seen - layout.most < g + window:
+        if layout.seen + tokens - cache.shift <= limit or layout.seen - layout.most < g + window:
             return
 
         def rotate(keys: Tensor, by: int) -> Tensor:

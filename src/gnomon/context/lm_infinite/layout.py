@@ -110,16 +110,17 @@ class Layout:
 
     def sinks(self, query: Tensor, key: Tensor, value: Tensor) -> Sinks | None:
         """Return the sinks for these queries (rolled as they are), None when none is beyond the window."""
-        options = self.options
+        options, count = self.options, key.shape[2]  # fewer than G while the text is shorter than that
         if options.sinks == 0 or self.last_rank < options.local:
             return None
         far_distance: int | Tensor = options.far_at
         if options.sink_distance == "cache":
-            far_distance = options.far_at - torch.arange(options.sinks, device=query.device)
+            far_distance = options.far_at - torch.arange(count, device=query.device)
         if self.slopes is not None or options.threshold is None:
             return Sinks(key, value, query, key, options.threshold, far_distance)
         far_query = turned(query, self.turn("queries", query))
-        far_key = turned(key, self.turn("sinks", key))
+        cos, sin, interleaved = self.turn("sinks", key)
+        far_key = turned(key, Turn(cos[..., :count, :], sin[..., :count, :], interleaved))
         return Sinks(key, value, far_query, far_key, options.threshold, far_distance)
 
 
@@ -164,7 +165,7 @@ def attend(
             window=options.local,
             sinks=layout.sinks(query, key[:, :, :g], value[:, :, :g]),
             rank=layout.seen if layout.padding is None else layout.seen - layout.padding.to(query.device),
-            count=g,
+            count=min(g, key.shape[2]),
             scale=scale,
             slopes=layout.slopes,
         )

@@ -23,6 +23,7 @@ __all__ = ["Boundary", "Penalty", "PrestoPath", "fit_path", "lambda_grid", "stan
 Boundary = Literal["barrier", "stop"]
 
 _SMALLEST_ALPHA = 1e-3  # what lambda_max is divided by at least: the ridge alone has no penalty that zeroes anything
+_NEAR_THE_WALL = 1e-6  # what rounding of tiny spacings lets the conditions be met to; 1e-12 or so of the objective
 _FIRST_BARRIER, _BARRIER_FACTOR = 1e-3, 30.0
 _SMALL = 2_000_000  # numbers in all slopes' columns up to which threads of the BLAS cost more than they bring
 _PERFECT = 0.999  # probability of every row's own class from which the classes count as separated
@@ -290,16 +291,19 @@ def _fit_one(
     Newton's method alone first. If the boundary stops it, a falling barrier leads to the optimum, wherever it is;
     unless that is at the wall, Newton's method can finish from there without the barrier.
     """
+    exact = replace(options, method="proxnewton")
     fit = minimise(problem, start, options)
+    if not fit.converged and not fit.pinned and options.method == "fisher":
+        # steps that ignore which classes were observed may crawl
+        rest = minimise(problem, fit.theta, exact)
+        fit = replace(rest, iterations=fit.iterations + rest.iterations)
     if fit.converged or not fit.pinned:
         return fit, fit.theta, False
+    # the barrier is followed by the exact Hessian alone: the Fisher information knows nothing of it
     theta, inside, iterations = start, start, fit.iterations
-    # the Fisher information knows nothing of the barrier, so its steps would crawl
-    exact = replace(options, method="proxnewton")
     stages = max(1, math.ceil(math.log(_FIRST_BARRIER / options.barrier, _BARRIER_FACTOR)))
     for stage, mu in enumerate(np.geomspace(_FIRST_BARRIER, options.barrier, stages + 1)):
-        # rounding of a spacing near the wall bounds what the conditions can be met to
-        tol = max(options.tol, 1e-7) if stage == stages else 1e-3
+        tol = max(options.tol, _NEAR_THE_WALL) if stage == stages else 1e-3
         fit = minimise(problem.with_barrier(mu), theta, replace(exact, tol=tol))
         theta, iterations = fit.theta, iterations + fit.iterations
         if stage == 1:
@@ -336,7 +340,8 @@ def _on_original_scale(
         "n_iter": fit.iterations,
         "converged": fit.converged,
         "boundary": at_wall,
-        "separated": bool(own.min() > _PERFECT) or (fit.converged and fit.last_move > 0.1 and fit.iterations > 5),
+        "separated": bool(own.min() > _PERFECT)
+        or (fit.converged and not at_wall and fit.last_move > 0.1 and fit.iterations > 5),
     }
 
 

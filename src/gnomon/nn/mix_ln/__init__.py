@@ -64,7 +64,7 @@ from __future__ import annotations
 
 from gnomon.nn.mix_ln.apply import apply_norm_placement
 from gnomon.nn.mix_ln.llama import MixLNLlamaConfig, MixLNLlamaForCausalLM, MixLNLlamaModel
-from gnomon.nn.mix_ln.monitor import BlockGradientMonitor, unigram_entropy
+from gnomon.nn.mix_ln.monitor import BlockGradientMonitor
 from gnomon.nn.mix_ln.plan import block_placements, deepnorm_constants, post_layer_count
 from gnomon.nn.mix_ln.report import angular_map, layer_report
 
@@ -79,5 +79,4 @@ __all__ = [
     "deepnorm_constants",
     "layer_report",
     "post_layer_count",
-    "unigram_entropy",
 ]
