@@ -66,7 +66,7 @@ def configs() -> dict[str, peft.PeftConfig]:
         "NOLA, bases shared by shape": NOLAConfig(**nola, share_basis="shape"),
         "NOLA, philox": NOLAConfig(**nola, generator="philox"),
         "PEFT LoRA": peft.LoraConfig(r=RANK, lora_alpha=RANK, **everywhere),
-        "PEFT VeRA": peft.VeraConfig(r=256, save_projection=True, target_modules=["q_proj", "o_proj"]),
+        "PEFT VeRA": peft.VeraConfig(r=256, save_projection=True, **everywhere),
     }
 
 
@@ -96,7 +96,7 @@ def steps(options: argparse.Namespace) -> None:
     lora, drawn = medians["PEFT LoRA"], medians["NOLA's draws alone"]
     check("step: NOLA over LoRA plus the draws", medians["NOLA"] / (lora + drawn), at_most=1.25)
     check("step: bases shared by shape over LoRA", medians["NOLA, bases shared by shape"] / lora, at_most=1.5)
-    check("step: NOLA over VeRA on its two square layers", medians["NOLA"] / medians["PEFT VeRA"])
+    check("step: NOLA over VeRA", medians["NOLA"] / medians["PEFT VeRA"], at_most=1.25)
 
     fresh = [adapted(configs()["NOLA"], options) for _ in range(2)]
     pair = {
@@ -145,8 +145,8 @@ def memory() -> None:
     """Mix 512 bases of a 4096-wide layer: they would fill 128 MB."""
     from gnomon.adapters import Bases, mix
 
+    mix(torch.ones(1, 2), Bases(0, 2, 16, 64))
     bases = Bases(0, 512, 16, 4096, 22.6)
-    mix(torch.ones(1, 512), bases)
     with PeakMemory(every=0.001) as peak:
         mix(torch.ones(1, 512), bases)
     print("\nmemory of one pass over 512 bases of 16 x 4096 (134 MB if held)")

@@ -155,7 +155,7 @@ def information(rounds: int) -> None:
         "dense blocks row by row": lambda: rowwise_information(X, T),
     }
     compare("curvature, 1,000 rows, 40 columns, 6 classes", pair, ours="one product a boundary",
-            peer="dense blocks row by row", at_least=10, rounds=max(3, rounds // 2))  # fmt: skip
+            peer="dense blocks row by row", at_least=5, rounds=max(3, rounds // 2))  # fmt: skip
     work: dict[str, Callable[[], object]] = {}
     for b in (4, 16):
         X, T, index = setting(b)

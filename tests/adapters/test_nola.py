@@ -263,6 +263,12 @@ def test_codes_round_trip(values: list[float], bits: int) -> None:
     assert torch.equal(unpack(stored, len(values), bits), back)
 
 
+def test_the_ends_of_the_codes_are_exact() -> None:
+    c = torch.tensor([-126.0, 9e-39, -3.0])  # hi - lo rounds to -lo
+    codes, lo, hi = quantize(c, 4)
+    assert dequantize(codes, lo, hi, 4)[:2].tolist() == c[:2].tolist()
+
+
 def test_codes_by_hand() -> None:
     codes, lo, hi = quantize(torch.tensor([0.0, 1.0, 2.0, 7.0]), 3)
     assert codes.tolist() == [0, 1, 2, 7]

@@ -285,6 +285,21 @@ def test_a_module_that_is_left_out_of_a_pass_gets_no_gradient() -> None:
         assert all(g is not None for g in grads[share])
 
 
+def test_a_factor_that_was_made_but_not_taken_is_not_taken_later() -> None:
+    model = adapted(share_basis="shape").train()
+    first, second = (model.base_model.model.model.layers[i].self_attn.q_proj for i in (0, 1))
+    first.factors("default")  # one node for both
+    with torch.no_grad():
+        for side in "ab":
+            second.parameter(side, "default").mul_(3.0)
+    A, B = second.factors("default")
+    honest = second.shared["default"]
+    honest["a"].forget()
+    honest["b"].forget()
+    assert torch.equal(A, second.factors("default")[0])
+    assert torch.equal(B, second.factors("default")[1])
+
+
 def test_coefficients_put_in_the_place_of_old_ones_get_the_gradient() -> None:
     model = adapted(share_basis="shape").train()
     loss(model)

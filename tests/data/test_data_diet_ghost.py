@@ -457,7 +457,11 @@ def test_models_without_a_norm_are_refused() -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"stride": (2, 1), "dilation": (1, 2)}, {"groups": 2, "padding": (0, 2)}])
-def test_convolutions_place_by_place(options: dict[str, Any]) -> None:
+def test_convolutions_place_by_place(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    from gnomon.data.data_diet import formulas
+
+    monkeypatch.setattr(formulas, "_BUDGET", 1000)
+    monkeypatch.setattr(formulas.Patches, "unfolded", None)  # never cut out as a whole
     model = nn.Sequential(nn.Conv2d(16, 16, (3, 2), **options), nn.Tanh(), Channels(), nn.Linear(16, 3))
     check(model, (floats(B, 16, 14, 13), whole(B, high=3)))
 

@@ -46,9 +46,9 @@ def untrained(seed: int) -> PreTrainedModel:
     return tiny("llama", num_layers=12, intermediate_size=172, seed=seed)
 
 
-def train(model: PreTrainedModel, seed: int, scale: str) -> PreTrainedModel:
-    """Train with Adam on the batches that belong to a seed."""
-    steps, rows, peak = SCALES[scale]
+def train(model: PreTrainedModel, seed: int, plan: tuple[int, int, float]) -> PreTrainedModel:
+    """Train with Adam on the batches that belong to a seed; `plan` is steps, sequences a batch, peak rate."""
+    steps, rows, peak = plan
     stream, _ = streams()
     optimizer = torch.optim.Adam(model.parameters(), lr=peak, betas=(0.9, 0.999), fused=True)
     generator = torch.Generator().manual_seed(seed)

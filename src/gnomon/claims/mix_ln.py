@@ -20,7 +20,7 @@ from typing import Literal
 
 import torch
 
-from gnomon.claims.deep_llama import CONTEXT, WIDE, streams, train, untrained
+from gnomon.claims.deep_llama import CONTEXT, SCALES, WIDE, streams, train, untrained
 from gnomon.claims.experiment import experiment
 from gnomon.common.depth import gradient_norms, token_loss
 from gnomon.nn.mix_ln import apply_norm_placement
@@ -33,7 +33,7 @@ def _loss(arm: str, seed: int, scale: str) -> float:
     placement, _, setting = arm.partition("_")
     wide = WIDE if setting == "wide" else None
     model = apply_norm_placement(untrained(seed), _PLACEMENTS[placement], embed_std=wide)
-    return token_loss(train(model, seed, scale), streams()[1], batch_size=64)
+    return token_loss(train(model, seed, SCALES[scale]), streams()[1], batch_size=64)
 
 
 @experiment(

@@ -66,7 +66,8 @@ def _check_finite(coefficients: Tensor) -> None:
 
 def dequantize(codes: UInt8[Tensor, " k"], lo: float, hi: float, bits: int) -> Float[Tensor, " k"]:
     """Return lo + q (hi - lo) / (2^bits - 1), float32; the ends are exact, so coding it again gives the same codes."""
-    return (lo + codes.double() * ((hi - lo) / (2**bits - 1))).clamp(lo, hi).float()
+    values = lo + codes.double() * ((hi - lo) / (2**bits - 1))
+    return values.masked_fill(codes == 2**bits - 1, hi).float()
 
 
 def straight_through(coefficients: Float[Tensor, " k"], bits: int) -> Float[Tensor, " k"]:

@@ -45,7 +45,7 @@ model.psi_                       # which features act differently on which bound
 The likelihood is convex where every class of every row has a positive probability, and the optimum for a small
 penalty may lie on the edge of that set, held there by rows of other classes. Plain descent stalls there. With
 ``boundary="barrier"`` the optimum on the edge is found by adding ``-mu sum_k log P_k`` to every row and letting mu fall
-to 1e-8, which costs at most mu (K - 1) in the objective; ``boundary="stop"`` keeps the last fit inside. Either way
+to 1e-8, which costs about mu K in the objective; ``boundary="stop"`` keeps the last fit inside. Either way
 ``boundary_reached_`` is set and a warning says it. A fit that is not converged, and classes that are separated, warn
 too (`PrestoConvergenceWarning`).
 

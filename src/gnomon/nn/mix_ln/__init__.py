@@ -2,7 +2,8 @@
 
 In a Pre-LN model the residual stream grows with depth and gradients fall with it, so that deep blocks do little. In a
 Post-LN model every sum is normalised and it is the early blocks whose gradients fade, in large or deep models until
-training fails. Mix-LN uses Post-LN where Pre-LN does not need help and Pre-LN where Post-LN does.
+training fails. Mix-LN makes a few early blocks Post-LN, which evens out the gradients, and keeps the deep ones Pre-LN,
+which keeps training stable.
 
 With x the input of a block, Attn and MLP its sub-layers, and blocks counted from 0:
 

@@ -42,8 +42,8 @@ class BlockGradientMonitor(TrainerCallback):
 
     Values are taken in the steps whose metrics the Trainer logs; other steps cost an idle hook a parameter. They go
     into the log entry of the step (``state.log_history``, ``trainer_state.json``), into the ``logs`` that callbacks
-    behind this one receive, and into `history`. With ``fp16`` the norms are those of the scaled loss, under DDP those of
-    a rank's own batches.
+    behind this one receive, and into `history`. With ``fp16`` the norms are those of the scaled loss, under DDP
+    those of a rank's own batches.
 
     Two things about Post-LN blocks are said as a `GnomonWarning`, once: a warm-up under 2 % of the steps, and, after
     a fifth of the steps, a training loss that is not under the entropy of the token frequencies, which means that
