@@ -119,17 +119,16 @@ def forward_only(rounds: int) -> None:
     def ours() -> Any:
         return el2n(*aligned_logits(model, batch))
 
-    @torch.no_grad()
-    def naive() -> Any:
-        logits, targets = aligned_logits(model, batch)
-        error = logits.float().softmax(-1) - nn.functional.one_hot(targets, logits.shape[-1])
+    candidates = {"el2n": ours, "forward pass": floor}
+    compare("EL2N, Llama of 1.3M parameters", candidates, ours="el2n", peer="forward pass", at_most=1.3, rounds=rounds)
+    logits, targets = (part.detach() for part in floor())
+
+    def definition() -> torch.Tensor:
+        error = logits.softmax(-1) - nn.functional.one_hot(targets, logits.shape[-1])
         return error.norm(dim=-1).mean(1)
 
-    candidates = {"el2n": ours, "forward pass": floor, "softmax - onehot": naive}
-    compare("EL2N, Llama of 1.3M parameters", candidates, ours="el2n", peer="forward pass", at_most=1.3, rounds=rounds)
-    compare(
-        "EL2N against its definition", candidates, ours="el2n", peer="softmax - onehot", at_least=1.0, rounds=rounds
-    )
+    candidates = {"el2n": lambda: el2n(logits, targets), "softmax - onehot": definition}
+    compare("the score alone", candidates, ours="el2n", peer="softmax - onehot", at_least=1.5, rounds=4 * rounds)
 
 
 class LiveBytes(TorchDispatchMode):

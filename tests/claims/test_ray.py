@@ -35,7 +35,7 @@ def test_two_workers_and_this_process_agree(tmp_path, monkeypatch):
     cards = {"x": Card("x", "X", "test", "nn", "architecture", "ray_claims:first", Paper("none"), claims)}
     monkeypatch.setattr(catalog, "_all", lambda: cards)
     where = {"env_vars": {"PYTHONPATH": str(tmp_path)}}
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env=where)
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env=where)
     try:
         there = ledger.run_claims(["x"], ledger=tmp_path / "ray.json", engine="ray")
     finally:

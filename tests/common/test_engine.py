@@ -11,7 +11,7 @@ import pytest
 from gnomon.common.engine import run_all
 from gnomon.errors import ConfigError, DataError
 
-WORK = '''
+WORK = """
 import os
 from gnomon.errors import DataError
 
@@ -25,7 +25,7 @@ def marks(x):
 
 def refuse(x):
     raise DataError(f"no {x}", file="rows.csv", row=x)
-'''
+"""
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def work(tmp_path, monkeypatch):
 def two_workers(tmp_path):
     ray = pytest.importorskip("ray")
     where = {"env_vars": {"PYTHONPATH": str(tmp_path)}}
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env=where)
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env=where)
     yield ray
     ray.shutdown()
 

@@ -67,8 +67,9 @@ def base_model(family: str = "llama", dtype: torch.dtype = torch.float32, **size
 def adapted(member: str, family: str = "llama", dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
     """A fresh adapter on a tiny model, in evaluation mode."""
     options = {"target_modules": "all-linear", "task_type": "CAUSAL_LM", **changes}
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore")
+        torch.manual_seed(0)  # PEFT's own methods draw from the global generator
         return peft.get_peft_model(base_model(family, dtype), config(member, **options)).eval()
 
 

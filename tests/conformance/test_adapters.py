@@ -184,6 +184,17 @@ def test_a_second_adapter_and_switching(member: str, tmp_path: Path) -> None:
 
 
 @every
+def test_a_further_adapter_elsewhere_changes_nothing_until_it_is_chosen(member: str) -> None:
+    model = shaken(adapted(member, target_modules=["q_proj"]))
+    expected, before = logits(model), trained(model).keys()
+    model.add_adapter("second", config(member, target_modules=["up_proj"]))
+    assert torch.equal(logits(model), expected)
+    assert trained(model).keys() == before
+    model.set_adapter("second")
+    assert all("up_proj" in name for name in trained(model))
+
+
+@every
 def test_several_active_adapters_add_up(member: str, tmp_path: Path) -> None:
     first, second = shaken(adapted(member)), shaken(adapted(member), seed=2)
     second.save_pretrained(tmp_path)
@@ -286,8 +297,8 @@ def test_bfloat16_weights_and_autocast(member: str, tmp_path: Path) -> None:
     reference = gradients(full)
     with torch.autocast("cpu", torch.bfloat16):
         cast = gradients(full)
-    for name, expected in reference.items():
-        assert (cast[name] - expected).norm() < 0.25 * expected.norm() + 1e-4, name  # 8 bits of mantissa, twice through
+    apart = torch.cat([(cast[name] - expected).flatten() for name, expected in reference.items()])
+    assert apart.norm() < 0.15 * torch.cat([g.flatten() for g in reference.values()]).norm()
 
 
 def gradients(model: nn.Module, parts: int = 1) -> dict[str, Tensor]:
@@ -420,3 +431,5 @@ def test_recipes_attach_it_by_one_call(slug: str) -> None:
     model = catalog.resolve(call)(base_model(), **OPTIONS.get(slug, {}))
     assert isinstance(model, peft.PeftModel)
     assert trained(model)
+    with pytest.raises(GnomonError, match="has adapters already"):
+        catalog.resolve(call)(model, **OPTIONS.get(slug, {}))

@@ -19,6 +19,7 @@ from adapter_members import adapted, base_model, config, ids, logits, members, t
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::FutureWarning")]
 MEMBERS = members()
 every = pytest.mark.parametrize("member", MEMBERS)
+each_slug = pytest.mark.parametrize("member", [m for m in MEMBERS if ":" not in m])
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +98,7 @@ def test_a_run_cut_in_two_ends_where_the_whole_one_does(member: str, tmp_path: P
     assert torch.equal(logits(saved), logits(whole.model.eval()))
 
 
-@every
+@each_slug
 def test_one_step_of_trl(member: str, tmp_path: Path) -> None:
     trl = pytest.importorskip("trl")
     datasets = pytest.importorskip("datasets")

@@ -20,7 +20,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 from gnomon.data.data_diet import DataDietCallback, ForgettingTable, score_examples
-from gnomon.errors import ModelError
+from gnomon.errors import DataError, ModelError
 
 ROWS = 13
 
@@ -73,6 +73,15 @@ def main() -> None:
         score_examples([sharded] * 2, rows, "grand", distributed=True)
     except ModelError as error:
         found["refused"] = str(error)
+    wrong = rows[1].clone()
+    wrong[4] = 9  # on the first rank only
+    try:
+        score_examples(models, (x, wrong), distributed=True)
+    except DataError as error:
+        found["heard"] = str(error)
+    both = [None, None]
+    dist.all_gather_object(both, found["heard"])
+    found["heard"] = both
     watched, single = callback(rank)
     found |= {"seen": watched.table.seen.tolist(), "events": watched.table.events.tolist()}
     found["events of one rank"] = single.events.tolist()

@@ -477,3 +477,22 @@ class TwiceConvolved(nn.Module):
 
 def test_a_convolution_called_twice_on_different_sizes() -> None:
     check(TwiceConvolved(), (floats(B, 8, 6, 8), whole(B, high=3)))
+
+
+class Recomputed(nn.Module):
+    def __init__(self, reentrant: bool) -> None:
+        super().__init__()
+        self.first, self.body, self.head, self.reentrant = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3), reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        body = lambda y: self.body(y).tanh()  # noqa: E731
+        return self.head(torch.utils.checkpoint.checkpoint(body, self.first(x), use_reentrant=self.reentrant))
+
+
+def test_gradient_checkpointing() -> None:
+    batch = (floats(B, 6), whole(B, high=3))
+    check(Recomputed(False), batch)
+    with pytest.raises(
+        RuntimeError, match="set use_reentrant=False"
+    ):  # torch itself refuses to differentiate it this way
+        grand(Recomputed(True).double(), batch)

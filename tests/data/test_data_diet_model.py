@@ -383,7 +383,7 @@ def test_both_engines_give_the_same_numbers() -> None:
     model = tiny("llama", vocab_size=V, hidden_size=16, num_layers=1)
     rows = torch.randint(V, (12, 8), generator=torch.Generator().manual_seed(0))
     here = select_windows(model, rows, warm_steps=3, batch_size=4)
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, configure_logging=False)
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, configure_logging=False)
     try:
         far = ExampleScorer("grand", engine="ray", **options)
         np.testing.assert_allclose(far.fit(functools.partial(_remote_make), (x, y)).runs, local.runs, rtol=1e-6)

@@ -200,3 +200,7 @@ def test_gradients_of_sharded_models_are_refused(ranks: dict[str, Any]) -> None:
 def test_ranks_put_their_batches_together(ranks: dict[str, Any]) -> None:
     assert ranks["seen"] == [3] * 13
     assert ranks["events"] == ranks["events of one rank"]
+
+
+def test_an_error_on_one_rank_is_raised_on_all(ranks: dict[str, Any]) -> None:
+    assert ["label 9 in row 4" in message for message in ranks["heard"]] == [True, True]

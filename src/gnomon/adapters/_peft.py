@@ -6,7 +6,9 @@ An adapter method of this library is a PEFT tuner of its own. It needs three cla
 - a layer that extends `LinearAdapter` and writes only its mathematics: `add` makes the trainable tensors of one
   adapter, `delta` returns the change of the weight, `branch` (optional) a cheaper way to its output,
 - a model that extends `LinearTuner` with `prefix` and `layer`,
-- ``register("nola", NOLAConfig, NOLAModel)``.
+- ``register("nola", NOLAConfig, NOLAModel)``, at the end of the module behind the card's `entry`.
+
+What a recipe calls (`[recipe] call` of the card) takes the model and plain options and ends with `attach`.
 
 `get_peft_model`, `save_pretrained`, `PeftModel.from_pretrained`, `load_adapter`, `merge_and_unload`, `save_as_lora`
 and the rest of PEFT then work. Saving needs no code: what hangs on the layer in a container named by
@@ -24,7 +26,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from peft import PeftConfig, PeftType
+from peft import PeftConfig, PeftModel, PeftType, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
 from peft.utils import (
@@ -39,7 +41,7 @@ from transformers.pytorch_utils import Conv1D
 
 from gnomon.errors import GnomonWarning, MethodError, ModelError
 
-__all__ = ["LinearAdapter", "LinearConfig", "LinearTuner", "register"]
+__all__ = ["LinearAdapter", "LinearConfig", "LinearTuner", "attach", "register"]
 
 _ADDED: dict[str, Any] = {}  # name in the enumeration -> the member this library added
 
@@ -98,6 +100,33 @@ def _member(name: str) -> Any:
         type.__setattr__(PeftType, name, member)
         _ADDED[name] = member
     return PeftType[name]
+
+
+def attach(model: nn.Module, config: PeftConfig) -> PeftModel:
+    """Attach a first adapter to a model: `peft.get_peft_model`, which would wrap a model with adapters a second time.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Changed in place.
+    config : PeftConfig
+
+    Returns
+    -------
+    PeftModel
+
+    Raises
+    ------
+    ModelError
+        When the model has adapters.
+    """
+    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        kinds = {str(c.peft_type.value) for c in getattr(model, "peft_config", {}).values()}
+        raise ModelError(
+            f"this {type(model).__name__} has adapters already ({', '.join(sorted(kinds)) or 'of an unknown kind'}). "
+            "Merge them first (model = model.merge_and_unload()), or add a further one with model.add_adapter."
+        )
+    return get_peft_model(model, config)
 
 
 @dataclass
@@ -336,8 +365,6 @@ class LinearTuner(BaseTuner):
         layer = self.tuner_layer_cls(
             target, adapter_name, peft_config, key=current_key, **get_quantization_kwargs(self.model)
         )
-        if adapter_name not in self.active_adapters:
-            layer.requires_grad_(False)  # a further adapter is not trained before it is chosen
         self._replace_module(parent, target_name, layer, target)
 
     def _check_layer(self, target: nn.Module, parent: nn.Module, key: str) -> None:

@@ -219,9 +219,18 @@ def main(arguments: list[str] | None = None) -> None:
         _fail(f"gnomon: {error}", 2)
     except Exception as error:  # the last place that can turn a fault into a message
         _fail(*_explain(error))
+    else:
+        _leave_group()
     if code == 130:  # typer turns an interrupt into this code
         _fail("Interrupted. What was finished is kept; run the same command again to go on.", 130)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _leave_group() -> None:
+    """Close the process group that a run under torchrun joined; its threads must not outlive the interpreter."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _explain(error: Exception) -> tuple[str, int]:

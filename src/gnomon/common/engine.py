@@ -88,8 +88,10 @@ def _on_ray(
         ) from error
     own = not ray.is_initialized()
     if own:
-        # Ray itself reads RAY_ADDRESS; a dashboard can only be left out of a cluster started here
-        local = {} if os.environ.get("RAY_ADDRESS") else {"include_dashboard": False}
+        # Ray itself reads RAY_ADDRESS; without it, it would join any cluster that happens to run on this machine
+        local: dict[str, Any] = (
+            {} if os.environ.get("RAY_ADDRESS") else {"address": "local", "include_dashboard": False}
+        )
         ray.init(log_to_driver=False, **local)
     try:
         remote: Any = ray.remote(num_cpus=1)(_call)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-from peft import PeftModel, get_peft_model
+from peft import PeftModel
 from transformers import PreTrainedModel
 
+from gnomon.adapters._peft import attach
 from gnomon.adapters.nola.config import NOLAConfig
 
 __all__ = ["apply_nola"]
@@ -44,7 +45,7 @@ def apply_nola(
     MethodError
         When an option is not allowed.
     ModelError
-        When a target is no linear layer, or the family's targets are not known.
+        When the model has adapters, a target is no linear layer, or the family's targets are not known.
 
     Examples
     --------
@@ -66,4 +67,4 @@ def apply_nola(
         target_modules=target_modules,
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(model, config)
+    return attach(model, config)

@@ -65,16 +65,18 @@ trained weights (a checkpoint was restored by mistake; replicated in arXiv 2303.
 No row gets a backward pass of its own. One forward and one backward pass of the batch give each layer's input h and
 output gradient d, from which the norm of each row's weight gradient follows exactly:
 
-| Layer | Squared norm of one row's gradient |
-|---|---|
-| `Linear`, `Conv1D` of transformers | without positions: h^2 d^2; over positions: sum_{t,t'} (h_t . h_t') (d_t . d_t') when T (in + out) <= in out, else ||sum_t d_t h_t^T||^2 a few columns at a time |
-| `Conv1d`, `Conv2d` (any stride, dilation, groups, padding mode) | the same over patches |
-| `Embedding` (also scaled, as Gemma's) | d summed per token id, then the norm; padding ids are left out |
-| `LayerNorm`, `RMSNorm` and those of transformers, `GroupNorm`, `BatchNorm` (running statistics) | the vector sum_t d_t * normalised h_t |
-| biases | the vector sum_t d_t |
-| input and output matrix tied | both, and twice their inner product sum_{s,t} d_t[id_s] (h_t . e_s) |
-| one layer called several times | one sum over the positions of all calls |
-| parameters of any other module, or used by hand (`MultiheadAttention`, experts, `Conv3d`) | row by row: `torch.func` in chunks, or one backward pass a row where the code depends on the data |
+- `Linear`, and `Conv1D` of transformers: h^2 d^2 without positions; over positions
+  sum_{t,t'} (h_t . h_t') (d_t . d_t') when T (in + out) <= in out, else ||sum_t d_t h_t^T||^2, a few columns at a time.
+- `Conv1d`, `Conv2d` (any stride, dilation, groups, padding mode): the same over patches.
+- `Embedding` (also scaled, as Gemma's): d summed per token id, then the norm; the padding id is left out.
+- `LayerNorm`, `RMSNorm` (also those of transformers), `GroupNorm`, `BatchNorm` with running statistics: the norm of
+  sum_t d_t * normalised h_t.
+- Biases: the norm of sum_t d_t.
+- Input and output matrix tied: both, and twice their inner product sum_{s,t} d_t[id_s] (h_t . e_s), e the gradient of
+  what the embedding returned.
+- One layer called several times: one sum over the positions of all calls.
+- Parameters of any other module, or used by hand (`MultiheadAttention`, experts, `Conv3d`): row by row, by `torch.func`
+  in chunks, or by one backward pass a row where the code depends on the data (a warning says so).
 
 Layers are recognised by the function they run, RMS norms of other classes by comparing what they return. Whether a
 parameter is used in no other way is read off the graph of every batch, and on the first batch the norms of one row are

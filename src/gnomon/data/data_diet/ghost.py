@@ -141,7 +141,7 @@ class GradientNorms:
         found, other = self._pass(batch)
         if self.check:
             self.check = False
-            wrong = self._compare(batch, found)
+            wrong = self._compare(batch, found, set(self.trainable) - set(other))
             if wrong:
                 self._distrusted |= wrong
                 found, other = self._pass(batch)
@@ -173,7 +173,7 @@ class GradientNorms:
             if count and count == len(mine) and p not in self._distrusted and _combine(mine):
                 gathered[p] = _Gathered(mine)
                 self.formulas[self.trainable[p][0]] = _formula(mine)
-            elif count:
+            elif count or p in self._distrusted:
                 other.append(p)
         return self._backward(total, live, depth, gathered, len(batch)), other
 
@@ -227,13 +227,13 @@ class GradientNorms:
                 found[p] = squares_of(mine.parts)
                 mine.parts = []
 
-    def _compare(self, batch: Batch, found: dict[int, Tensor]) -> set[int]:
-        """Return the parameters whose squares differ from plain autograd's on one row."""
+    def _compare(self, batch: Batch, found: dict[int, Tensor], covered: set[int]) -> set[int]:
+        """Return the parameters whose squares differ from plain autograd's on one row; what was not found counts 0."""
         place = len(batch) // 2
         with torch.enable_grad():
             logits, targets = aligned_logits(self.model, batch.row(place))
             loss = row_losses(logits, targets, self.loss).sum()
-        chosen = list(found)
+        chosen = [p for p in self.trainable if p in covered]
         grads = torch.autograd.grad(loss, [self.trainable[p][1] for p in chosen], allow_unused=True)
         exact = [0.0 if g is None else float(_to_dense(g).double().square().sum()) for g in grads]
         low = any(self.trainable[p][1].dtype in (torch.bfloat16, torch.float16) for p in chosen)
@@ -242,7 +242,7 @@ class GradientNorms:
         return {
             p
             for p, value in zip(chosen, exact, strict=True)
-            if not abs(float(found[p][place]) - value) <= relative * value + slack
+            if not abs((float(found[p][place]) if p in found else 0.0) - value) <= relative * value + slack
         }
 
     def _row_by_row(self, parameters: Sequence[int], batch: Batch, how: How) -> Tensor:

@@ -221,7 +221,7 @@ class ExampleScorer:
             found = run_all(compute, waiting, engine=self.engine, on_result=lambda i, _: shown.advance())
         self.models_ = [model for _, model in found if model is not None]
         if split:
-            scores = self.score_table_parts(self.models_, rows)
+            scores = self._score(self.models_, rows)
             for run, scored in zip(waiting, scores, strict=True):
                 _keep(job, run, scored)
             self.models_ = self.models_ if self.keep_models else []
@@ -241,7 +241,7 @@ class ExampleScorer:
             self.train, self.keep_models, None if folder is None else Path(folder), key,
         )  # fmt: skip
 
-    def score_table_parts(self, models: list[nn.Module], rows: Rows) -> list[Scored]:
+    def _score(self, models: list[nn.Module], rows: Rows) -> list[Scored]:
         """Score rows under given models, in shards of the engine."""
         return score_models(
             models, rows, self.method, batch_size=self.batch_size, shards=self.shards, engine=self.engine,
@@ -270,7 +270,7 @@ class ExampleScorer:
             raise MethodError("There are no models to score with. Call fit with ExampleScorer(keep_models=True).")
         rows = Rows(dataset, self.reading.collate)
         ids = np.arange(len(rows)) if self.reading.id_column is None else rows.column(self.reading.id_column)
-        found = self.score_table_parts(self.models_, rows)
+        found = self._score(self.models_, rows)
         values = np.stack([scored.values for scored in found])
         return ScoreTable(values, self.method, ids.astype(np.int64), fingerprint(rows), found[0].labels)
 

@@ -135,19 +135,21 @@ def logit_scores(
     values = torch.empty(targets.shape, dtype=dtype, device=logits.device)
     width = logits[:1].numel()
     step = max(1, _CHUNK.get(logits.device.type, _CHUNK_ELSEWHERE) // max(1, width))
+    work = torch.empty((min(step, len(logits)), *logits.shape[1:]), dtype=dtype, device=logits.device)
     for start in range(0, len(logits), step):
         part = slice(start, start + step)
-        z = logits[part].reshape(-1, logits.shape[-1]).to(dtype)
+        z = work[: len(logits[part])].copy_(logits[part]).reshape(-1, logits.shape[-1])
         parts = _parts(z, targets[part].reshape(-1).clamp(min=0))
         values[part] = _FORMULAS[score](parts).reshape(targets[part].shape)
     return per_row(values, used, places)
 
 
 def _parts(z: Tensor, labels: Tensor) -> _Parts:
+    """Take logits apart; they are overwritten."""
     label = z.gather(1, labels[:, None])[:, 0]
-    others = z.scatter(1, labels[:, None], -torch.inf)
-    top = others.amax(1).clamp(min=torch.finfo(z.dtype).min)  # finite also when no other class is possible
-    weights = others.sub_(top[:, None]).exp_()
+    z.scatter_(1, labels[:, None], -torch.inf)
+    top = z.amax(1).clamp(min=torch.finfo(z.dtype).min)  # finite also when no other class is possible
+    weights = z.sub_(top[:, None]).exp_()
     rest, squares = top + weights.sum(1).log(), 2 * top + torch.linalg.vecdot(weights, weights).log()
     whole = torch.logaddexp(rest, label)
     return _Parts(label - whole, rest - whole, squares - 2 * whole, top - whole, z.shape[1])

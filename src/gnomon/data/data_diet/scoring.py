@@ -23,7 +23,7 @@ from gnomon.data.data_diet.ghost import GradientNorms
 from gnomon.data.data_diet.rows import Rows, aligned_logits
 from gnomon.data.data_diet.scores import logit_scores, name_rows
 from gnomon.data.data_diet.training import Reading, TrainingPlan, seeds_of, train_model
-from gnomon.errors import GnomonWarning, MethodError, ModelError, nearest
+from gnomon.errors import GnomonError, GnomonWarning, MethodError, ModelError, nearest
 from gnomon.progress import Progress, quiet
 
 __all__ = ["METHODS", "Method", "Scored", "forgetting_run", "score_examples", "score_models"]
@@ -281,7 +281,13 @@ def _on_ranks(
     mine = (np.arange(share) * state.num_processes + state.process_index) % len(rows)
     table = np.full((len(models), len(rows)), np.nan)
     for run in range(len(models)):
-        values = _score_part(list(models), rows, method, batch_size, reading, (run, mine)).values
-        for places, found in gather_object([(mine, values)]) if state.num_processes > 1 else [(mine, values)]:
-            table[run, places] = found
+        found: tuple[np.ndarray, Any]
+        try:
+            found = mine, _score_part(list(models), rows, method, batch_size, reading, (run, mine)).values
+        except GnomonError as error:  # every rank must hear of it, or the others wait for ever
+            found = mine, error
+        for places, values in gather_object([found]) if state.num_processes > 1 else [found]:
+            if isinstance(values, GnomonError):
+                raise values
+            table[run, places] = values
     return table
