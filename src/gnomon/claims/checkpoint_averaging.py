@@ -1,15 +1,16 @@
-"""Checkpoint averaging's claims on real captions: insensitive to the learning rate, and in need of one common start.
+"""Checkpoint averaging on real captions: insensitive to the learning rate, and in need of one common start.
 
-Captions of one image in four languages; five classes that follow from the English one. A small network on 64-dimensional
-word vectors, which a truncated SVD of 8,000 parallel captions gives to all four languages at once, is trained on 1,000
-English captions for ten epochs (batch 16, AdamW, weight decay 0.05) and tested on German, French and Czech ones. The
-vectors are scaled to coordinates of variance 1, and trained without decay: decay would shrink the words of the languages
-that are not trained on. One pool of runs has four learning rates, 0.001 to 0.02, and five seeds (order and weights).
+Captions of one image in four languages; five classes that follow from the English one. A small network on
+64-dimensional word vectors, which a truncated SVD of 8,000 parallel captions gives to all four languages at once, is
+trained on 1,000 English captions for ten epochs (batch 16, AdamW, weight decay 0.05) and tested on German, French and
+Czech ones. The vectors are scaled to coordinates of variance 1, and trained without decay: decay would shrink the
+words of the languages that are not trained on. One pool of runs has four learning rates, 0.001 to 0.02, and five
+seeds (order and weights).
 
 Constant rates, pools of seeds 0, 1, 2: see the ledger. By how much the average narrows the spread depends on how many
-last snapshots of a pool end badly: with vectors and a range of rates in which one run of nine collapsed, a deviation of
-8.1 became 1.1; here it is between a third and a half. At no single rate must the average win: with the smallest ones
-both are equal within 0.3 points.
+last snapshots of a pool end badly: with vectors and a range of rates in which one run of nine collapsed, a deviation
+of 8.1 became 1.1; here it is between a third and a half. At no single rate must the average win: with the smallest
+ones both are equal within 0.3 points.
 
 The data are not part of the package: the environment variable GNOMON_SHARED_DATA names the folder that holds
 ``checkpoint-averaging`` and ``vega-mt``.
