@@ -40,7 +40,8 @@ def callback(rank: int) -> tuple[DataDietCallback, ForgettingTable]:
             single.update(part, right[part])
             if step % 2 == rank:
                 watched._log.append((4 * epoch + step, part, right[part], None))
-        watched.on_epoch_end(*(SimpleNamespace() for _ in range(3)))  # type: ignore[arg-type]
+        if epoch > 0:
+            watched.on_epoch_end(*(SimpleNamespace() for _ in range(3)))  # type: ignore[arg-type]
     return watched, single
 
 

@@ -241,7 +241,9 @@ def test_other_uses_are_counted_row_by_row() -> None:
         ("scale", "position", "layer.weight", "by_hand.weight", "by_hand.bias", "attention.in_proj_weight",
          "attention.in_proj_bias", "attention.out_proj.weight", "attention.out_proj.bias"), "row by row",
     )  # fmt: skip
-    check(Odd(), (floats(B, T, 6), whole(B, high=3)), {**rows, "layer.bias": "linear"})
+    model, batch = Odd(), (floats(B, T, 6), whole(B, high=3))
+    check(model, batch, {**rows, "layer.bias": "linear"})
+    check(model, batch, {**rows, "layer.bias": "linear"}, check=False)  # the graph alone tells
 
 
 class Scaled(nn.Linear):
@@ -412,11 +414,11 @@ def test_nothing_of_a_pass_stays_in_memory() -> None:
     assert all(reference() is None for reference in seen)
 
 
-def test_works_under_no_grad() -> None:
-    model, batch = nn.Linear(6, 3).double(), (floats(B, 6), whole(B, high=3))
-    with torch.no_grad():
+def test_works_under_no_grad_and_without_autocast() -> None:
+    model, batch = nn.Linear(6, 3), (floats(B, 6).float(), whole(B, high=3))
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         found = grand(model, batch)
-    torch.testing.assert_close(found, by_hand(model, batch))
+    torch.testing.assert_close(found.double(), by_hand(model, batch), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(("length", "m", "n"), [(1, 5, 3), (4, 40, 50), (60, 5, 3), (300, 200, 900), (9, 3, 70)])

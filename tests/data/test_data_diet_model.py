@@ -115,8 +115,10 @@ def test_token_rows_of_unequal_length_are_padded_and_not_counted() -> None:
     model = tiny("llama", vocab_size=V, hidden_size=16, num_layers=1)
     generator = torch.Generator().manual_seed(0)
     rows = [{"input_ids": torch.randint(V, (n,), generator=generator).tolist(), "text": "x"} for n in (3, 9, 5, 2)]
+    labelled = [{**row, "labels": row["input_ids"]} for row in rows]
     for method in ("el2n", "grand"):
         together = score_examples([model, model], Dataset.from_list(rows), method, batch_size=4)
+        np.testing.assert_allclose(score_examples([model, model], labelled, method, batch_size=4), together, rtol=1e-5)
         alone = [float(score_examples([model, model], [row], method)[0]) for row in rows]
         np.testing.assert_allclose(together, alone, rtol=1e-4)
     ids = torch.tensor([rows[1]["input_ids"]])
@@ -209,6 +211,8 @@ def test_early_scores_keep_the_schedule_of_the_whole_plan() -> None:
     short = ExampleScorer(runs=2, plan=TrainingPlan(epochs=2, batch_size=8, lr=0.01)).fit(make, (x, y))
     assert not np.allclose(early.values, short.values)
     assert np.allclose(early.values, ExampleScorer(runs=2, plan=PLAN, at_step=8).fit(make, (x, y)).values)
+    usual = ExampleScorer(runs=2, plan=PLAN).fit(make, (x, y))
+    assert np.allclose(usual.values, ExampleScorer(runs=2, plan=PLAN, at_epoch=5).fit(make, (x, y)).values)
     start = ExampleScorer(runs=2, plan=PLAN, at_step=0).fit(make, (x, y))
     assert abs(start.values.mean() - math.sqrt(2 / 3)) < 0.15
 
@@ -370,7 +374,10 @@ def test_a_plan_of_the_paper() -> None:
     assert plan.total_steps(50_000) == 78_000
     rates = [plan.lr * plan.factor(390 * epoch, 78_000) for epoch in (0, 59, 60, 119, 120, 160, 199)]
     assert rates == pytest.approx([0.1, 0.1, 0.02, 0.02, 0.004, 0.0008, 0.0008])
-    train_model(make(), Rows(points()), TrainingPlan(steps=3, optimizer="sgd", schedule="constant"))
+    sizes: list[int] = []
+    plan = TrainingPlan(steps=9, batch_size=16, optimizer="sgd", schedule="constant")
+    train_model(make(), Rows(points()), plan, on_batch=lambda numbers, logits, targets: sizes.append(len(numbers)))
+    assert sizes == [16] * 9  # 37 rows: the last 5 of an epoch are dropped
 
 
 def test_both_engines_give_the_same_numbers() -> None:

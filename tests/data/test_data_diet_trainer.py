@@ -75,7 +75,7 @@ def trainer_of(folder: Path, callback: DataDietCallback, *more: TrainerCallback,
         disable_tqdm=True, remove_unused_columns=False, seed=0, **settings,
     )  # fmt: skip
     collator = IndexCollator(default_data_collator)
-    held = rows_of(8).remove_columns("row_id")
+    held = rows_of(8) if options.get("eval_strategy") == "steps" else rows_of(8).remove_columns("row_id")
     return Trainer(
         model=classifier(), args=arguments, train_dataset=rows_of(), eval_dataset=held, data_collator=collator,
         callbacks=[callback, *more],

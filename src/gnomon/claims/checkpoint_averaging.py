@@ -44,7 +44,7 @@ _TRAINED, _TARGETS = "en", ("de", "fr", "cs")
 _LANGUAGES = (_TRAINED, *_TARGETS)
 _DIM, _BATCH, _EPOCHS, _DECAY = 64, 16, 10, 0.05
 _RATES = (1e-3, 3e-3, 1e-2, 2e-2)
-_LENGTH = 3.0  # of a word vector; common pre-trained ones have lengths of about 2 to 6
+_LENGTH = 2.0  # of a word vector; common pre-trained ones have lengths of about 2 to 6
 _ROWS = {"small": 1000, "medium": 6300}
 _POOL = {"constant": 10, "linear": 3}  # seeds in a pool
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -129,7 +130,11 @@ def apply_lm_infinite(
 def _attach(inner: Any, options: Options, name: str) -> None:
     base = backbone(inner)
     hook = BeforeForward(
-        options, name in INTERLEAVED, name if name in ALIBI_FAMILIES else "", inner.config._attn_implementation
+        options,
+        interleaved=name in INTERLEAVED,
+        alibi=name if name in ALIBI_FAMILIES else "",
+        previous=inner.config._attn_implementation,
+        parameters=list(inspect.signature(base.forward).parameters),
     )
     inner.config._attn_implementation = IMPLEMENTATION
     base.config._attn_implementation = IMPLEMENTATION  # type: ignore[union-attr]

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextvars
-import inspect
 import warnings
+from collections.abc import Sequence
 from dataclasses import asdict
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -33,11 +32,6 @@ def current_layout() -> Layout | None:
     return _CURRENT.get()
 
 
-@lru_cache(maxsize=32)
-def _parameters(cls: Any) -> tuple[str, ...]:
-    return tuple(inspect.signature(cls.forward).parameters)[1:]
-
-
 class BeforeForward:
     """Pre-hook of the model below the head.
 
@@ -50,18 +44,22 @@ class BeforeForward:
         The family, where positions are biases; empty where they are rotations.
     previous : str
         The attention implementation to restore.
+    parameters : sequence of str
+        Names of the forward's parameters, for arguments given by place.
     """
 
-    def __init__(self, options: Options, interleaved: bool, alibi: str, previous: str | None) -> None:
+    def __init__(
+        self, options: Options, interleaved: bool, alibi: str, previous: str | None, parameters: Sequence[str]
+    ) -> None:
         self.options, self.interleaved, self.alibi, self.previous = options, interleaved, alibi, previous
+        self.parameters = tuple(parameters)
 
     def __repr__(self) -> str:
         return f"LMInfinite({', '.join(f'{k}={v}' for k, v in asdict(self.options).items() if v is not None)})"
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return the arguments with cache and positions filled in; the layout waits for the mask's making."""
-        cls: Any = type(module)
-        given = {**dict(zip(_parameters(cls), args, strict=False)), **kwargs}
+        given = {**dict(zip(self.parameters, args, strict=False)), **kwargs}
         config: Any = module.config
         if config._attn_implementation != IMPLEMENTATION:
             raise ModelError(
