@@ -52,7 +52,7 @@ def apply_nola(
     >>> from gnomon.common.models import tiny
     >>> model = apply_nola(tiny("llama"), r=4, num_basis_a=16)
     >>> sum(p.numel() for p in model.parameters() if p.requires_grad)
-    128
+    256
     """
     config = NOLAConfig(
         r=r,

@@ -167,9 +167,12 @@ class GradientNorms:
         live = [call for call in calls if call.edge.node in depth]
         gathered: dict[int, _Gathered] = {}
         other: list[int] = []
+        owners: dict[int, list[_Call]] = {}
+        for call in live:
+            for p in call.names.values():
+                owners.setdefault(p, []).append(call)
         for p in self.trainable:
-            mine = [call for call in live if p in call.names.values()]
-            count = uses.get(p, 0)
+            mine, count = owners.get(p, []), uses.get(p, 0)
             if count and count == len(mine) and p not in self._distrusted and _combine(mine):
                 gathered[p] = _Gathered(mine)
                 self.formulas[self.trainable[p][0]] = _formula(mine)
