@@ -128,7 +128,12 @@ def forward_only(rounds: int) -> None:
         return error.norm(dim=-1).mean(1)
 
     candidates = {"el2n": lambda: el2n(logits, targets), "softmax - onehot": definition}
-    compare("the score alone", candidates, ours="el2n", peer="softmax - onehot", at_least=1.5, rounds=4 * rounds)
+    compare("the score alone", candidates, ours="el2n", peer="softmax - onehot", rounds=4 * rounds)
+    for name, run in candidates.items():
+        with LiveBytes() as count:
+            run()
+        share = count.peak / (logits.numel() * 4)
+        check(f"memory beside the logits, of their size: {name}", share, at_most=0.2 if name == "el2n" else None)
 
 
 class LiveBytes(TorchDispatchMode):
