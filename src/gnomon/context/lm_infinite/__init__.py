@@ -37,7 +37,7 @@ Options that matter
 - ``sink_distance``: "cache" is StreamingLLM's scheme (sink j at distance G + L - 1 - j), "true" the mask without the
   ceiling; both to compare with. ``sinks=0`` is a plain window.
 
-Cost. Prefill O(T (L + G)) time and O(L) extra memory per layer instead of O(T^2): on a CPU three flash-attention calls
+Cost. Prefill takes O(T (L + G)) time instead of O(T^2), with no T x T table: on a CPU up to three flash-attention calls
 per block of queries, merged by their log-sum-exp; elsewhere, and where gradients, dropout, ALiBi or unequal paddings
 are needed, one masked `scaled_dot_product_attention` a block. A decoded token costs O(L + G) with no copy. Positions
 beyond 65,536 are set back from time to time, since float32 angles of later ones lose digits; only differences count.

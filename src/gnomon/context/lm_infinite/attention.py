@@ -58,7 +58,7 @@ def lambda_attention(
     slopes: Float[Tensor, " H"] | None = None,
     dropout: float = 0.0,
 ) -> Float[Tensor, "B H T h"]:
-    """Attend under the Lambda mask with the distance ceiling, block by block: O(T (L + G)) time, O(L) memory.
+    """Attend under the Lambda mask with the distance ceiling, block by block: O(T (L + G)) time.
 
     The last T of the S keys belong to the queries; the P = S - T before them are the nearest of the past.
 

@@ -91,9 +91,8 @@ off for GraNd. EL2N may run under autocast (errors about 1e-3).
 
 EL2N: a forward pass of the rows a run; no second array of logits. GraNd: weight gradients are not formed, so it takes
 1.0 to 1.1 times as long as a plain forward and backward pass of a Llama of 1.3M parameters (a loop over rows 1.6 to
-1.8 times, torch.func 1.5 to 1.9), 1.3 to 1.8 times for a small convolutional network, where
-torch.func is as fast. Memory is that of a training
-step and does not grow with rows times parameters (a norm or bias has a vector a row).
+1.8 times, torch.func 1.5 to 1.9), 1.3 to 1.8 times for a small convolutional network, where torch.func is as fast.
+Memory is that of a training step and does not grow with rows times parameters (a norm or bias has a vector a row).
 
 ``engine="ray"`` spreads runs and shards of rows over a Ray cluster with the same numbers. ``distributed=True`` shares
 the rows among ranks (DDP, FSDP2) and gathers by row; GraNd of sharded (FSDP) parameters is refused.
