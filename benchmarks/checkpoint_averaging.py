@@ -96,6 +96,8 @@ def offline(folder: Path, count: int, width: int, rounds: int) -> None:
     compare("one average, disk to disk", pair, ours="average_checkpoints", peer="torch.load of all", at_least=1.0,
             rounds=rounds)  # fmt: skip
     mine, theirs = added(averaged, folder, count), added(plain, folder, count)
+    print("\nmemory added, each in a fresh process")
+    print(f"  average_checkpoints {mine / 1e6:.1f} MB, torch.load of all {theirs / 1e6:.1f} MB")
     check("memory added over the size of one checkpoint", mine / size, at_most=0.5)
     check("memory: torch.load of all over average_checkpoints", theirs / mine, at_least=4.0)
 

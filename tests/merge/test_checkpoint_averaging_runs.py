@@ -140,6 +140,17 @@ def test_a_run_without_snapshots_counts_with_its_last_weights() -> None:
     assert same(found.all, found.last)
 
 
+def test_runs_with_more_snapshots_weigh_more() -> None:
+    log: list[Any] = []
+
+    def uneven(model: nn.Module, seed: int, snapshot: Callable[[], None]) -> None:
+        train(model, seed, snapshot, log, steps=2 * seed)
+
+    found = run_average(Net(), uneven, seeds=[1, 4])
+    assert found.snapshots == [1, 4]
+    assert same(found.all, average_states([state for _, state in log])), "the mean of all snapshots, not of two means"
+
+
 def test_a_folder_is_a_base(tmp_path: Path) -> None:
     tiny("bert", hidden_size=16, num_layers=1, num_heads=2, vocab_size=32).save_pretrained(tmp_path)
     found = run_average(str(tmp_path), lambda m, s, snapshot: snapshot(), seeds=[1, 2], head_names=["cls"])
