@@ -8,6 +8,7 @@ from typing import Any
 from gnomon.common.files import atomic_folder
 from gnomon.common.models import load_model, save_model
 from gnomon.errors import ConfigError
+from gnomon.recipes.options import Lazy
 from gnomon.recipes.schema import MergeStage
 from gnomon.recipes.stages.context import StageContext
 
@@ -29,7 +30,7 @@ def merge(stage: MergeStage, model: Any, context: StageContext) -> tuple[Any, di
         save_model(model, own, context.data.tokenizer)
         with atomic_folder(context.work / "merged") as out:
             offered = {
-                "models": [load_model(path) for path in stage.models],
+                "models": Lazy(lambda: [load_model(path) for path in stage.models]),
                 "paths": [own, *map(Path, stage.models)],
                 "out": out,
             }

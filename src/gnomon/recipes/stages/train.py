@@ -165,7 +165,8 @@ def train(stage: TrainStage, model: Any, context: StageContext) -> tuple[Any, di
             args=_arguments(stage, context, steps),
             train_dataset=_Rows(context.rows()),
             data_collator=_stack,
-            callbacks=[_Watch(context, task), *_callbacks(stage, model)],
+            # last, so that a checkpoint is marked whole only when every method has saved its own part
+            callbacks=[*_callbacks(stage, model), _Watch(context, task)],
         )
         # The default printers would write their own progress and log lines between ours.
         trainer.remove_callback(PrinterCallback)
