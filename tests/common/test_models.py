@@ -190,3 +190,19 @@ def test_models_without_blocks_or_configuration_are_refused():
 def test_the_public_names_are_these():
     assert gnomon.load_model is load_model
     assert gnomon.save_model is save_model
+
+
+@pytest.mark.parametrize("kind", ["lora", "nola"])
+def test_linear_layers_are_the_models_own_whatever_adapter_wraps_them(kind):
+    """The adapter's matrices are left out, also those of modules trained beside it."""
+    import peft
+
+    from gnomon.adapters import NOLAConfig
+    from gnomon.common.layers import linear_layers
+
+    model = tiny("llama", num_layers=1)
+    before = [id(layer) for layer in linear_layers(model).values()]
+    config = peft.LoraConfig(r=2) if kind == "lora" else NOLAConfig(r=2, num_basis_a=4)
+    config.target_modules = {"q_proj", "down_proj"}
+    wrapped = peft.get_peft_model(model, config)
+    assert [id(layer) for layer in linear_layers(wrapped).values()] == before

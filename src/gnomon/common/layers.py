@@ -6,6 +6,7 @@ so look-alikes of Llama, Qwen, Mistral, GPT-2 and GPT-NeoX work without a line o
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -108,9 +109,16 @@ def linear_layers(module: nn.Module) -> dict[str, nn.Module]:
 
 
 def _linears(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    # a model with adapters has brought PEFT along; importing it here would slow down everything else
+    tuner_layer = getattr(sys.modules.get("peft.tuners.tuners_utils"), "BaseTunerLayer", ())
+    tuned: list[str] = []  # layers an adapter wraps: of what hangs on them, only the layer itself counts
     for name, child in module.named_modules():
-        if isinstance(child, (nn.Linear, Conv1D)) and not any(p.startswith("lora_") for p in name.split(".")):
-            yield name, child
+        if isinstance(child, tuner_layer):
+            tuned.append(f"{name}." if name else "")
+        elif isinstance(child, (nn.Linear, Conv1D)):
+            inside = next((prefix for prefix in reversed(tuned) if name.startswith(prefix)), None)
+            if inside is None or name[len(inside) :].split(".")[0] == "base_layer":
+                yield name, child
 
 
 def weight_of(layer: nn.Module) -> torch.Tensor:

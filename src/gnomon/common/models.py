@@ -16,8 +16,9 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, PreTrain
 
 from gnomon import catalog
 from gnomon.common import corpora, surgery, text
-from gnomon.common.files import atomic_folder, cache_dir, content_hash, read_json
+from gnomon.common.files import atomic_folder, cache_dir, content_hash
 from gnomon.common.layers import unwrap
+from gnomon.common.peft_state import base_state, register_adapter
 from gnomon.errors import ConfigError, ModelError, nearest
 
 __all__ = [
@@ -160,17 +161,6 @@ def _register_type(where: str) -> None:
             catalog.load(card.slug)
 
 
-def _register_adapter(folder: Path) -> None:
-    """Import gnomon's own adapters when PEFT does not know the one saved here."""
-    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-
-    if read_json(folder / "adapter_config.json").get("peft_type") not in {
-        str(t.value) for t in PEFT_TYPE_TO_CONFIG_MAPPING
-    }:
-        for card in catalog.methods(plugs="adapter"):
-            catalog.load(card.slug)
-
-
 def _rebuilding(cls: type[PreTrainedModel], entries: list[dict[str, Any]]) -> type[PreTrainedModel]:
     """Return `cls` with the recorded surgery done at the end of its constructor, before weights are read."""
 
@@ -242,7 +232,7 @@ def load_model(path_or_hub_id: str | Path, **from_pretrained_kwargs: Any) -> Pre
     if (adapter / "adapter_config.json").is_file():
         import peft
 
-        _register_adapter(adapter)
+        register_adapter(adapter)
         return peft.PeftModel.from_pretrained(model, str(adapter))
     return model
 
@@ -266,26 +256,6 @@ def load_tokenizer(path_or_hub_id: str | Path) -> PreTrainedTokenizerBase:
             f"{str(path_or_hub_id)!r} has no usable tokenizer: {_first_line(error)}. "
             "Save the model's tokenizer into the same folder (tokenizer.save_pretrained)."
         ) from error
-
-
-def _base_state(base: nn.Module) -> dict[str, torch.Tensor]:
-    """The state of a model inside a PEFT wrapper under the names it had before adapters were attached."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils import AuxiliaryTrainingWrapper
-
-    state = dict(base.state_dict())
-    for name, module in base.named_modules():
-        if isinstance(module, BaseTunerLayer):
-            own = f"{name}.base_layer."
-        elif isinstance(module, AuxiliaryTrainingWrapper):
-            own = f"{name}.original_module."
-        else:
-            continue
-        for key in [k for k in state if k.startswith(f"{name}.")]:
-            tensor = state.pop(key)
-            if key.startswith(own):
-                state[f"{name}.{key.removeprefix(own)}"] = tensor
-    return state
 
 
 def save_model(model: nn.Module, folder: str | Path, tokenizer: PreTrainedTokenizerBase | None = None) -> Path:
@@ -316,7 +286,7 @@ def save_model(model: nn.Module, folder: str | Path, tokenizer: PreTrainedTokeni
             base.save_pretrained(part)
         else:
             tie = getattr(base, "_tied_weights_keys", None) or {}
-            state = {k: v for k, v in _base_state(base).items() if not (base.config.tie_word_embeddings and k in tie)}
+            state = {k: v for k, v in base_state(base).items() if not (base.config.tie_word_embeddings and k in tie)}
             base.save_pretrained(part, state_dict=state)
             # Embeddings are saved with the base; asking for them would look the base up on the hub.
             model.save_pretrained(part / _ADAPTER, save_embedding_layers=False)  # type: ignore[operator]

@@ -10,6 +10,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from gnomon.common.depth import output_variance
 from gnomon.common.layers import decoder_blocks, unwrap
+from gnomon.common.trainer_logs import add_to_logs, is_measured
 from gnomon.errors import MethodError
 
 __all__ = ["ResidualStreamMonitor"]
@@ -83,10 +84,7 @@ class ResidualStreamMonitor(TrainerCallback):
         self._sums.clear()
         self._counts.clear()
         self._squares.clear()
-        step = state.global_step + 1
-        every = self.every or state.logging_steps
-        first = bool(args.logging_first_step) and step == 1
-        self.active = bool(unwrap(kwargs["model"]).training) and (first or (every > 0 and step % every == 0))
+        self.active = bool(unwrap(kwargs["model"]).training) and is_measured(args, state, self.every)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Take the values of this step."""
@@ -113,11 +111,7 @@ class ResidualStreamMonitor(TrainerCallback):
         """Add the values to the Trainer's entry of the same step."""
         if not self.history or self.history[-1]["step"] != state.global_step:
             return
-        values = {k: v for k, v in self.history[-1].items() if k != "step"}
-        if logs is not None and "loss" in logs:
-            logs.update(values)
-            if state.log_history and state.log_history[-1].get("step") == state.global_step:
-                state.log_history[-1].update(values)
+        add_to_logs(state, logs, {k: v for k, v in self.history[-1].items() if k != "step"})
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from gnomon.common.layers import decoder_blocks, unwrap
+from gnomon.common.trainer_logs import add_to_logs, is_measured
 from gnomon.errors import GnomonWarning, MethodError
 from gnomon.nn.mix_ln.blocks import placement_of
 
@@ -122,10 +123,7 @@ class BlockGradientMonitor(TrainerCallback):
     ) -> None:
         """Decide whether this optimizer step is measured."""
         self._squares.clear()
-        step = state.global_step + 1
-        every = self.every or state.logging_steps
-        first = bool(args.logging_first_step) and step == 1
-        self.active = first or (every > 0 and step % every == 0)
+        self.active = is_measured(args, state, self.every)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Take the values of this step."""
@@ -152,10 +150,7 @@ class BlockGradientMonitor(TrainerCallback):
             return
         self._look_for_collapse(float(logs["loss"]), state)
         if self.history and self.history[-1]["step"] == state.global_step:
-            values = {k: v for k, v in self.history[-1].items() if k != "step"}
-            logs.update(values)
-            if state.log_history and state.log_history[-1].get("step") == state.global_step:
-                state.log_history[-1].update(values)
+            add_to_logs(state, logs, {k: v for k, v in self.history[-1].items() if k != "step"})
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerCallback
 
 from gnomon.common.ranks import ranks
+from gnomon.common.trainer_logs import add_to_logs
 from gnomon.errors import MethodError, ModelError, NoEffectWarning
 from gnomon.optim.econtrol.feedback import Kind
 from gnomon.optim.econtrol.state import ErrorFeedback
@@ -115,10 +116,8 @@ class EControlCallback(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Add the traffic so far to the logs."""
-        if logs is not None and self._registered and self.state.iteration:
-            logs["econtrol_ratio"] = self.state.statistics()["ratio"]
-            if state.log_history:  # the Trainer has filed its own copy already
-                state.log_history[-1]["econtrol_ratio"] = logs["econtrol_ratio"]
+        if self._registered and self.state.iteration:
+            add_to_logs(state, logs, {"econtrol_ratio": self.state.statistics()["ratio"]})
 
 
 def _file(folder: Path, rank: int | None = None) -> Path:

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from gnomon.errors import MethodError, nearest
-from gnomon.optim.econtrol.compressors import Compressor, make
+from gnomon.optim.econtrol.compressors import Compressor, TopK, make
 from gnomon.optim.econtrol.feedback import KINDS, default_eta
 
 __all__ = ["ALGORITHMS", "Simulation", "simulate"]
@@ -109,10 +109,7 @@ def simulate(
     >>> [round(v, 3) for v in run.x.tolist()]
     [2.0, 3.0]
     """
-    if algorithm not in ALGORITHMS:
-        raise MethodError(f"algorithm = {algorithm!r}. {nearest(str(algorithm), ALGORITHMS, noun='algorithm')}")
-    if algorithm == "ideal" and ideal is None:
-        raise MethodError("algorithm = 'ideal' needs every worker's gradient at the solution: ideal, of shape (n, d).")
+    _check(algorithm, ideal)
     squash = make("identity" if algorithm == "sgd" else compressor, ratio)
     generator = torch.Generator().manual_seed(seed)
     x = x0.clone()
@@ -156,10 +153,15 @@ def simulate(
     return Simulation(x, mean, e, h, size, torch.stack(trace) if trace else torch.empty(0))
 
 
+def _check(algorithm: str, ideal: Tensor | None) -> None:
+    if algorithm not in ALGORITHMS:
+        raise MethodError(f"algorithm = {algorithm!r}. {nearest(str(algorithm), ALGORITHMS, noun='algorithm')}")
+    if algorithm == "ideal" and ideal is None:
+        raise MethodError("algorithm = 'ideal' needs every worker's gradient at the solution: ideal, of shape (n, d).")
+
+
 def _compress(squash: Compressor, x: Tensor, seed: int) -> Tensor:
     """Compress every row of (..., n, d); Top-K of short rows in one sort."""
-    from gnomon.optim.econtrol.compressors import TopK
-
     if type(squash) is TopK and squash.values is None:
         order = x.abs().argsort(dim=-1, descending=True, stable=True)[..., : squash.count(tuple(x.shape[-1:]))]
         return torch.zeros_like(x).scatter_(-1, order, x.gather(-1, order))

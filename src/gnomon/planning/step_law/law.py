@@ -34,10 +34,8 @@ class Coefficients:
         """Return peak learning rate and batch in tokens, elementwise and broadcast."""
         log_n, log_d = np.log(positive("n_params", n_params)), np.log(positive("n_tokens", n_tokens))
         lr = np.exp(self.lr[0] + self.lr[1] * log_n + self.lr[2] * log_d)
-        if len(self.batch) == 3:
-            return lr, np.exp(self.batch[0] + self.batch[1] * log_n + self.batch[2] * log_d)
-        batch = np.exp(self.batch[0] + self.batch[1] * log_d)
-        return lr, np.broadcast_to(batch, lr.shape) if batch.shape != lr.shape else batch
+        of_n = self.batch[1] if len(self.batch) == 3 else 0.0
+        return lr, np.exp(self.batch[0] + of_n * log_n + self.batch[-1] * log_d)
 
 
 # Means of the authors' 1000 bootstrap fits, which their own command uses; and the formula as printed in the paper.
