@@ -5,6 +5,7 @@ Exit codes: 0 done, 2 the user's mistake (one clear message), 1 a fault of gnomo
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -220,17 +221,25 @@ def main(arguments: list[str] | None = None) -> None:
     except Exception as error:  # the last place that can turn a fault into a message
         _fail(*_explain(error))
     else:
-        _leave_group()
+        if code != 130:
+            _leave_group(code if isinstance(code, int) else 0)
     if code == 130:  # typer turns an interrupt into this code
         _fail("Interrupted. What was finished is kept; run the same command again to go on.", 130)
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def _leave_group() -> None:
-    """Close the process group that a run under torchrun joined; its threads must not outlive the interpreter."""
+def _leave_group(code: int) -> None:
+    """Leave the process group that a run under torchrun joined, and the process with it.
+
+    Threads of the group that a wrapped model still refers to can abort an ordinary exit after all work is done.
+    """
     torch = sys.modules.get("torch")
     if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
         torch.distributed.destroy_process_group()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 def _explain(error: Exception) -> tuple[str, int]:
