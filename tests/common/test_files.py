@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 
 import pytest
@@ -82,6 +83,18 @@ def test_peak_memory_sees_an_allocation_that_is_gone_at_the_end(kernel, monkeypa
             time.sleep(0.5)  # on a busy machine the reading thread waits for its turn
         del block
     assert 80_000_000 < memory.added < 400_000_000
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other allocators cannot be told")
+def test_memory_that_the_allocator_kept_is_not_taken_for_free():
+    """Many small blocks, freed under a last one that stays, are what the allocator keeps."""
+    kept = [torch.ones(30_000) for _ in range(1500)]
+    last = torch.ones(30_000)
+    del kept
+    with PeakMemory() as memory:
+        again = [torch.ones(30_000) for _ in range(1500)]
+    assert memory.added > 100_000_000
+    del again, last
 
 
 def test_blocks_within_blocks_lose_no_peak():

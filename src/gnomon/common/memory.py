@@ -6,6 +6,8 @@ not allowed, the size is read at short intervals, which can miss a short peak.
 
 from __future__ import annotations
 
+import ctypes
+import sys
 import threading
 from pathlib import Path
 from types import TracebackType
@@ -18,6 +20,13 @@ __all__ = ["PeakMemory", "tensor_bytes"]
 
 _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 _open: list[PeakMemory] = []  # blocks under way: starting the kernel's peak anew must not lose what they have seen
+
+
+def _return_free_memory() -> None:
+    """Give memory that the allocator holds free back to the system, or using it again would not show."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:  # glibc
+        trim(0)
 
 
 def _kernel_peak() -> int | None:
@@ -96,6 +105,7 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats()
             self.before = torch.cuda.memory_allocated()
             return self
+        _return_free_memory()
         self._kernel = _restart_kernel_peak()
         self.peak = 0
         self._read()
