@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -66,7 +66,10 @@ class Card:
         How recipes use it: `stages` it can join, `from_scratch` (needs random weights), `groups` (an
         optimizer's function of the model), `without` (options of the ablation arm), `fold` (exact conversion to a
         stock model), `check` (a function that checks options against a model before anything runs), `call` (what a
-        recipe calls in place of the entry: `module:function`, or a table of stage -> `module:function`).
+        recipe calls in place of the entry: `module:function`, or a table of stage -> `module:function`), `callback`
+        (a function of the model and options that returns a `TrainerCallback`, for an adapter that needs one).
+    baselines : mapping of str to str
+        Name -> `module:function`: what the method is compared with, of the same kind; recipes use it by that name.
     verbs : mapping of str to str
         Verb of the command line (`plan`, `score`, ...) -> the `module:function` behind it.
     model_types : tuple of str
@@ -83,13 +86,14 @@ class Card:
     claims: tuple[ClaimCard, ...] = ()
     conflicts: Mapping[str, str] = field(default_factory=dict)
     recipe: Mapping[str, Any] = field(default_factory=dict)
+    baselines: Mapping[str, str] = field(default_factory=dict)
     verbs: Mapping[str, str] = field(default_factory=dict)
     model_types: tuple[str, ...] = ()
 
 
 _NEEDED = ("slug", "title", "lets_you", "pillar", "plugs", "entry", "paper")
-_TOP_KEYS = {*_NEEDED, "claims", "conflicts", "recipe", "verbs", "model_types"}
-_RECIPE_KEYS = {"stages", "from_scratch", "groups", "without", "fold", "check", "call"}
+_TOP_KEYS = {*_NEEDED, "claims", "conflicts", "recipe", "baselines", "verbs", "model_types"}
+_RECIPE_KEYS = {"stages", "from_scratch", "groups", "without", "fold", "check", "call", "callback"}
 _VERBS = {"plan", "compare", "fit", "score"}
 
 
@@ -144,6 +148,7 @@ def read_card(path: Path) -> Card:
         claims=claims,
         conflicts=raw.get("conflicts", {}),
         recipe=raw.get("recipe", {}),
+        baselines=raw.get("baselines", {}),
         verbs=raw.get("verbs", {}),
         model_types=tuple(raw.get("model_types", ())),
     )
@@ -159,6 +164,30 @@ def _all() -> dict[str, Card]:
                 raise ConfigError(f"{path.name}: the slug {card.slug!r} has a card already. Slugs are unique.")
             cards[card.slug] = card
     return dict(sorted(cards.items()))
+
+
+@lru_cache(maxsize=1)
+def _baselines() -> dict[str, Card]:
+    """The baselines of all cards, each as a card of the method's kind that joins recipes as the method does."""
+    found: dict[str, Card] = {}
+    for card in _all().values():
+        for name, target in card.baselines.items():
+            if name in found or name in _all():
+                raise ConfigError(f"{card.slug}: the baseline {name!r} has the name of a method or baseline already.")
+            recipe = {key: value for key, value in card.recipe.items() if key in ("stages", "groups", "from_scratch")}
+            found[name] = replace(
+                card,
+                slug=name,
+                title=name,
+                lets_you=f"compare {card.title} with it",
+                entry=target,
+                claims=(),
+                conflicts={},
+                recipe=recipe,
+                baselines={},
+                verbs={},
+            )
+    return found
 
 
 def methods(*, pillar: str | None = None, plugs: str | None = None) -> list[Card]:
@@ -194,7 +223,7 @@ def methods(*, pillar: str | None = None, plugs: str | None = None) -> list[Card
 
 
 def get(slug: str) -> Card:
-    """Return one card.
+    """Return one card; a baseline's name gives a card made from that of its method.
 
     Parameters
     ----------
@@ -210,7 +239,7 @@ def get(slug: str) -> Card:
     ConfigError
         When there is no such method; the message gives the nearest names.
     """
-    cards = _all()
+    cards = {**_all(), **_baselines()}
     if slug not in cards:
         raise ConfigError(f"There is no method {slug!r}. {nearest(slug, cards, noun='method')}")
     return cards[slug]

@@ -11,104 +11,20 @@ LoRA on every seed; the relation there is that it stays within 2 %.
 
 from __future__ import annotations
 
-import copy
-import sysconfig
-import unicodedata
-import warnings
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import peft
-import torch
-from torch import Tensor, nn
 
 from gnomon.adapters.nola import NOLAConfig, quantize_nola
+from gnomon.claims.adaptation import adapted, fit, held_out_loss, rows
 from gnomon.claims.experiment import experiment
-from gnomon.common import corpora, models
-from gnomon.common.text import byte_tokenizer
-from gnomon.errors import DataError
 
-__all__ = ["adapt", "few_bits", "fewer_than_rank_one", "pretrain"]
+__all__ = ["adapt", "few_bits", "fewer_than_rank_one"]
 
-_CONTEXT, _BATCH = 64, 16
-_SIZES: dict[str, dict[str, int]] = {
-    "small": {"hidden_size": 64, "num_layers": 2, "bases": 64, "pretrain": 600, "adapt": 300},
-    "medium": {"hidden_size": 256, "num_layers": 4, "bases": 64, "pretrain": 3000, "adapt": 1000},
-    "large": {"hidden_size": 512, "num_layers": 8, "bases": 128, "pretrain": 20000, "adapt": 3000},
-}
+_BASES = {"small": 64, "medium": 64, "large": 128}
+_STEPS = {"small": 300, "medium": 1000, "large": 3000}
 _LR = {"nola": 0.05, "lora": 0.04}
-
-
-def _names() -> list[str]:
-    """Names of characters with their category, in an order without runs of one script."""
-    lines = [
-        f"{unicodedata.category(c)} {unicodedata.name(c)}" for c in map(chr, range(0x3000)) if unicodedata.name(c, "")
-    ]
-    order = torch.randperm(len(lines), generator=torch.Generator().manual_seed(0)).tolist()
-    return [lines[i] for i in order]
-
-
-def _sources() -> list[str]:
-    """The modules of the standard library, their first 20,000 characters."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    texts = [path.read_text(encoding="utf-8", errors="replace")[:20_000] for path in sorted(root.glob("*.py"))]
-    if len(texts) < 20:
-        raise DataError(
-            "fewer than 20 modules of the standard library lie here as source. Install Python's sources.", file=root
-        )
-    return texts
-
-
-@lru_cache(maxsize=8)
-def _rows(text: str, split: str) -> Tensor:
-    """Windows of bytes; every fifth piece of text is kept for validation, 1024 windows of it at most."""
-    tokenizer = byte_tokenizer()
-    if text == "docs":
-        return corpora.windows(corpora.load("python-docs").tokens(tokenizer, split, 2_000_000), _CONTEXT)
-    pieces = _names() if text == "names" else _sources()
-    chosen = [piece for i, piece in enumerate(pieces) if (i % 5 == 4) == (split == "valid")]
-    ids = tokenizer("\n".join(chosen), verbose=False)["input_ids"]
-    rows = corpora.windows(torch.tensor(ids), _CONTEXT)
-    return rows[:1024] if split == "valid" else rows
-
-
-def _train(model: nn.Module, rows: Tensor, steps: int, lr: float, seed: int) -> None:
-    """Adam with 20 steps of warm-up and a linear decay, as the authors' GPT-2 runs."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min(1.0, (i + 1) / 20) * (1 - i / steps))
-    generator = torch.Generator().manual_seed(seed)
-    model.train()
-    for _ in range(steps):
-        batch = rows[torch.randint(len(rows), (_BATCH,), generator=generator)]
-        model(input_ids=batch, labels=batch).loss.backward()
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-    model.eval()
-
-
-@torch.no_grad()
-def _loss(model: nn.Module, text: str) -> float:
-    rows = _rows(text, "valid")
-    return sum(float(model(input_ids=part, labels=part).loss) * len(part) for part in rows.split(128)) / len(rows)
-
-
-@lru_cache(maxsize=1)
-def pretrain(seed: int, scale: str) -> nn.Module:
-    """Return a Llama trained on the Python documentation; the same object for the same arguments."""
-    size = _SIZES[scale]
-    model = models.tiny(
-        "llama",
-        vocab_size=len(byte_tokenizer()),
-        hidden_size=size["hidden_size"],
-        num_layers=size["num_layers"],
-        max_positions=_CONTEXT,
-        seed=seed,
-    )
-    _train(model, _rows("docs", "train"), size["pretrain"], 3e-3, seed)
-    return model
 
 
 @lru_cache(maxsize=2)
@@ -125,19 +41,13 @@ def adapt(method: str, text: str, seed: int, scale: str, bits: int | None = None
     bits : int, optional
         Of NOLA's coefficients in training.
     """
-    size = _SIZES[scale]
-    config: peft.PeftConfig
+    config: peft.PeftConfig = peft.LoraConfig(r=1, lora_alpha=1, target_modules="all-linear")
     if method == "nola":
         config = NOLAConfig(
-            r=8, num_basis_a=size["bases"], lora_alpha=16.0, seed=seed, coeff_bits=bits, target_modules="all-linear"
+            r=8, num_basis_a=_BASES[scale], lora_alpha=16.0, seed=seed, coeff_bits=bits, target_modules="all-linear"
         )
-    else:
-        config = peft.LoraConfig(r=1, lora_alpha=1, target_modules="all-linear")
-    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
-        warnings.simplefilter("ignore")
-        torch.manual_seed(seed)  # LoRA draws its start from the global generator
-        model = peft.get_peft_model(copy.deepcopy(pretrain(seed, scale)), config)
-    _train(model, _rows(text, "train"), size["adapt"], _LR[method], seed + 1)
+    model = adapted(config, seed, scale)
+    fit(model, rows(text, "train"), _STEPS[scale], _LR[method], seed + 1)
     return model
 
 
@@ -151,7 +61,7 @@ def adapt(method: str, text: str, seed: int, scale: str, bits: int | None = None
 def fewer_than_rank_one(arm: str, seed: int, scale: str) -> float:
     """With fewer numbers than a LoRA of rank 1 has, NOLA is better on far text and within 2 % on near text."""
     method, _, text = arm.partition("-")
-    return _loss(adapt(method, text or "names", seed, scale), text or "names")
+    return held_out_loss(adapt(method, text or "names", seed, scale), text or "names")
 
 
 @experiment(
@@ -163,9 +73,9 @@ def fewer_than_rank_one(arm: str, seed: int, scale: str) -> float:
 def few_bits(arm: str, seed: int, scale: str) -> float:
     """Coefficients rounded to 4 to 8 bits after training cost little; 2 bits need a training that sees them."""
     if arm == "2-bits-trained":
-        return _loss(adapt("nola", "names", seed, scale, bits=2), "names")
+        return held_out_loss(adapt("nola", "names", seed, scale, bits=2), "names")
     model = adapt("nola", "names", seed, scale)
     try:
-        return _loss(quantize_nola(model, None if arm == "float32" else int(arm[0])), "names")
+        return held_out_loss(quantize_nola(model, None if arm == "float32" else int(arm[0])), "names")
     finally:
         quantize_nola(model, None)  # the next arm is given the same object

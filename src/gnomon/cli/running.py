@@ -39,11 +39,11 @@ def stage_rows(run: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Return headings and rows of the run's table: one row per arm, seed and stage."""
     from gnomon.progress import duration
 
-    metrics = [m for m in _metric_names(run) if m in ("perplexity", "matrix-nuclear-norm.mnn")] or _metric_names(run)[
-        :2
-    ]
+    known = ("perplexity", "accuracy", "matrix-nuclear-norm.mnn")
+    metrics = [m for m in _metric_names(run) if m in known] or _metric_names(run)[:2]
     several = len(run.get("seeds", [])) > 1
-    heads = ["arm", "after", "size", "non-zero", "peak memory", "time", *(m.rpartition(".")[2] for m in metrics)]
+    costs = ["size", "trained", "weights + optimizer"] if run["recipe"].get("arms") else ["size", "non-zero"]
+    heads = ["arm", "after", *costs, "peak memory", "time", *(m.rpartition(".")[2] for m in metrics)]
     rows = []
     for arm in run["arms"]:
         name = arm["name"] + (f", seed {arm['seed']}" if several else "")
@@ -53,14 +53,26 @@ def stage_rows(run: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
                 [
                     name,
                     stage["label"],
-                    _bytes(stage["size_bytes"]),
-                    _count(stage["nonzero_parameters"]),
+                    *[_cost(stage, name) for name in costs],
                     _bytes(stage["peak_memory_bytes"]) if stage["peak_memory_bytes"] else "-",
                     took,
                     *[_figure(stage["metrics"].get(m)) for m in metrics],
                 ]
             )
     return heads, rows
+
+
+def _cost(stage: dict[str, Any], name: str) -> str:
+    details = stage["details"]
+    if name == "size":
+        return _bytes(stage["size_bytes"])
+    if name == "non-zero":
+        return _count(stage["nonzero_parameters"])
+    if "trainable_parameters" not in details:
+        return "-"
+    if name == "trained":
+        return f"{details['trainable_parameters']:,}"
+    return _bytes(details["weight_bytes"] + details["optimizer_bytes"])
 
 
 def _metric_names(run: dict[str, Any]) -> list[str]:

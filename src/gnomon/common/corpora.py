@@ -21,7 +21,7 @@ import torch
 from gnomon.common.files import cache_dir, write_text
 from gnomon.errors import ConfigError, DataError
 
-__all__ = ["Corpus", "Quarantined", "load", "windows"]
+__all__ = ["Corpus", "Quarantined", "load", "windows", "write_quarantine"]
 
 _SKIPPED_FOLDERS = {
     "test",
@@ -99,14 +99,14 @@ class Corpus:
 
     def write_quarantine(self, path: Path) -> Path | None:
         """Write the rows set aside to a JSON-lines file; return its path, or None when there are none."""
-        if not self.quarantined:
-            return None
-        rows = [
-            json.dumps({"row": q.row, "reason": q.reason, "excerpt": q.excerpt}, ensure_ascii=False)
-            for q in self.quarantined
-        ]
-        write_text(path, "\n".join(rows) + "\n")
-        return path
+        return write_quarantine(self.quarantined, path) if self.quarantined else None
+
+
+def write_quarantine(rows: Sequence[Quarantined], path: Path) -> Path:
+    """Write rows that were set aside to a JSON-lines file; return its path."""
+    lines = [json.dumps({"row": q.row, "reason": q.reason, "excerpt": q.excerpt}, ensure_ascii=False) for q in rows]
+    write_text(path, "\n".join(lines) + "\n")
+    return path
 
 
 def windows(tokens: torch.Tensor, context: int) -> torch.Tensor:

@@ -31,6 +31,7 @@ __all__ = [
     "save_model",
     "tiny",
     "workbench",
+    "workbench_folder",
 ]
 
 log = logging.getLogger("gnomon")
@@ -343,18 +344,24 @@ def workbench() -> Workbench:
     Workbench
         Each call gives a fresh copy of the model, in evaluation mode.
     """
-    corpus = corpora.load("python-docs")
-    tokenizer = text.train_tokenizer(corpus.train, _WORKBENCH["vocab_size"])
+    folder = workbench_folder()
+    corpus, tokenizer = corpora.load("python-docs"), load_tokenizer(folder)
     train, valid = corpus.tokens(tokenizer, "train"), corpus.tokens(tokenizer, "valid")
+    return Workbench(load_model(folder).eval(), tokenizer, train, valid)
+
+
+def workbench_folder() -> Path:
+    """Return the folder with the workbench's model and tokenizer; trained at the first call (about 90 s)."""
+    corpus = corpora.load("python-docs")
     key = content_hash([_WORKBENCH, _WORKBENCH_TRAINING, corpus.sha256, torch.__version__])
     folder = cache_dir() / f"workbench-{key}"
     cache_dir().mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         if not (folder / "config.json").is_file():
             log.info("training the workbench model once (about 90 s on two cores)")
-            model = _train_workbench(train)
-            save_model(model, folder, tokenizer)
-    return Workbench(load_model(folder).eval(), tokenizer, train, valid)
+            tokenizer = text.train_tokenizer(corpus.train, _WORKBENCH["vocab_size"])
+            save_model(_train_workbench(corpus.tokens(tokenizer, "train")), folder, tokenizer)
+    return folder
 
 
 def _train_workbench(tokens: torch.Tensor) -> PreTrainedModel:

@@ -1,4 +1,4 @@
-"""Arms with and without each method, and the difference each method made."""
+"""The arms of a recipe: as written, as changed by its `arms`, without each method; what each method made different."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["Arm", "arms_of", "differences"]
 
 @dataclass(frozen=True)
 class Arm:
-    """A version of the recipe: the stages as written, or with one method switched off."""
+    """A version of the recipe: the stages as written, with the changes of a named arm, or with one method off."""
 
     name: str
     steps: tuple[tuple[str, Stage], ...]
@@ -30,12 +30,13 @@ class Arm:
 
 
 def arms_of(recipe: Recipe) -> list[Arm]:
-    """Return the arm ``all`` and, with ``ablate``, one arm without each method.
+    """Return the recipe as written, its named arms and, with ``ablate``, one arm without each method.
 
     "Without" leaves the method out, or sets the options its card names for that (a refinement that needs its base).
     """
     steps = tuple(recipe.steps)
-    found = [Arm("all", steps)]
+    found = [Arm(recipe.arm, steps)]
+    found += [Arm(name, tuple(recipe.with_arm(name).steps)) for name in recipe.arms]
     if not recipe.ablate:
         return found
     slugs = [u.uses for _, s in steps for u in getattr(s, "methods", [])]
@@ -58,7 +59,7 @@ def _without(stage: Any, place: int) -> Any:
 
 
 def differences(arms: Sequence[dict[str, Any]], windows: dict[tuple[str, int], dict[str, Any]]) -> list[dict[str, Any]]:
-    """Compare every arm without a method with the arm ``all``, at the end of the recipe, metric by metric.
+    """Compare every arm without a method with the first arm, at the end of the recipe, metric by metric.
 
     Parameters
     ----------
@@ -75,11 +76,12 @@ def differences(arms: Sequence[dict[str, Any]], windows: dict[tuple[str, int], d
     """
     last = {(a["name"], a["seed"]): a["stages"][-1]["metrics"] for a in arms if a["stages"]}
     rows = []
+    main = arms[0]["name"] if arms else ""
     for name, without in {a["name"]: a["without"] for a in arms if a["without"]}.items():
-        seeds = sorted(seed for arm, seed in last if arm == name and ("all", seed) in last)
+        seeds = sorted(seed for arm, seed in last if arm == name and (main, seed) in last)
         for metric in last[(name, seeds[0])] if seeds else ():
             pairs = [
-                (last[("all", s)].get(metric, {}).get("value"), last[(name, s)].get(metric, {}).get("value"))
+                (last[(main, s)].get(metric, {}).get("value"), last[(name, s)].get(metric, {}).get("value"))
                 for s in seeds
             ]
             usable = [(a, b) for a, b in pairs if a is not None and b is not None]
@@ -91,7 +93,7 @@ def differences(arms: Sequence[dict[str, Any]], windows: dict[tuple[str, int], d
             if len(deltas) > 1:
                 low, high = min(deltas), max(deltas)
             elif metric == "perplexity":
-                low, high = _paired(windows.get(("all", seeds[0])), windows.get((name, seeds[0])))
+                low, high = _paired(windows.get((main, seeds[0])), windows.get((name, seeds[0])))
             rows.append(
                 {
                     "method": without["method"],

@@ -8,7 +8,7 @@ from gnomon.recipes.arms import arms_of
 from gnomon.recipes.options import check_recipe
 from gnomon.recipes.prepare import build_model, check_methods, prepare_data
 from gnomon.recipes.schema import Recipe, TrainStage
-from gnomon.recipes.stages.train import build_optimizer, steps_of
+from gnomon.recipes.stages.train import build_optimizer, steps_of, tokens_per_row
 
 __all__ = ["plan"]
 
@@ -34,8 +34,10 @@ def plan(recipe: Recipe) -> dict[str, Any]:
             "methods": [u.model_dump(by_alias=True) for u in getattr(stage, "methods", getattr(stage, "metrics", []))],
         }
         if isinstance(stage, TrainStage):
-            entry["steps"] = steps_of(stage, data.context)
-            entry["tokens"] = entry["steps"] * stage.batch_size * data.context
+            length = tokens_per_row(data)
+            rows = len(data.train_examples) or data.train_tokens.numel() // data.context
+            entry["steps"] = steps_of(stage, rows, length)
+            entry["tokens"] = round(entry["steps"] * stage.batch_size * length)
             entry["memory_bytes"] = 2 * weights + _state(stage, model) + _activations(stage, model, data.context)
         else:
             entry["memory_bytes"] = 2 * weights if kind == "compress" else weights

@@ -14,9 +14,12 @@ from gnomon.catalog import Card
 from gnomon.errors import ConfigError, nearest
 from gnomon.recipes.schema import EvaluateStage, MethodUse, Recipe
 
-__all__ = ["BUILTIN_METRICS", "OFFERED", "bind", "call_of", "check_recipe", "split_options", "stages_of"]
+__all__ = ["BUILTIN_METRICS", "OFFERED", "bind", "call_of", "callback_of", "check_recipe", "split_options", "stages_of"]
 
-BUILTIN_METRICS = {"perplexity": "gnomon.evals.perplexity:perplexity"}
+BUILTIN_METRICS = {
+    "perplexity": "gnomon.evals.perplexity:perplexity",
+    "accuracy": "gnomon.evals.completions:exact_match",
+}
 
 _STAGES_OF_KIND = {
     "architecture": ("train", "extend"),
@@ -30,10 +33,13 @@ _STAGES_OF_KIND = {
 }
 
 # What stages hand to a method by parameter name; everything else a method takes is an option.
+# In a train stage these too, which elsewhere may be options.
+OFFERED_IN_TRAINING = {"batches", "lr", "num_training_steps"}
+
 OFFERED = {
     "model", "compressed_model", "original_model", "model_or_config", "tokenizer", "calibration", "texts", "seed",
     "on_layer", "params", "tokens_or_dataset", "on_progress", "paths", "models", "out", "generator", "closure", "rows",
-    "engine",
+    "engine", "prompts", "completions",
 }  # fmt: skip
 
 
@@ -60,21 +66,39 @@ def _parameters(call: Callable[..., Any]) -> dict[str, inspect.Parameter]:
     }
 
 
+def callback_of(slug: str) -> Callable[..., Any] | None:
+    """Return the function that makes what an adapter needs during training, or None."""
+    target = catalog.get(slug).recipe.get("callback")
+    return None if target is None else catalog.resolve(target)
+
+
+def _second_call(slug: str) -> Callable[..., Any] | None:
+    """What takes options beside the method itself: an optimizer's function for its groups, an adapter's callback."""
+    if slug in BUILTIN_METRICS:
+        return None
+    groups = catalog.get(slug).recipe.get("groups")
+    return catalog.resolve(groups) if groups else callback_of(slug)
+
+
 def _calls(slug: str, stage: str) -> list[Callable[..., Any]]:
-    """What a stage calls for a method and, for an optimizer, the function that makes its parameter groups."""
-    groups = None if slug in BUILTIN_METRICS else catalog.get(slug).recipe.get("groups")
-    return [call_of(slug, stage), *([catalog.resolve(groups)] if groups else [])]
+    second = _second_call(slug)
+    return [call_of(slug, stage), *([second] if second is not None else [])]
 
 
 def split_options(slug: str, options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Divide the options of an optimizer between its constructor and its parameter-group function."""
-    calls = _calls(slug, "train")
-    if len(calls) == 1:
+    """Divide options between a method and its second call (parameter groups, callback).
+
+    An option that both name goes to both, but for the groups of an optimizer, whose constructor takes such values from
+    the groups.
+    """
+    second = _second_call(slug)
+    if second is None:
         return dict(options), {}
-    of_groups = set(_parameters(calls[1]))
+    of_second = set(_parameters(second))
+    own = set() if "groups" in catalog.get(slug).recipe else set(_parameters(call_of(slug, "train")))
     return (
-        {k: v for k, v in options.items() if k not in of_groups},
-        {k: v for k, v in options.items() if k in of_groups},
+        {k: v for k, v in options.items() if k in own or k not in of_second},
+        {k: v for k, v in options.items() if k in of_second},
     )
 
 
@@ -122,6 +146,29 @@ def check_recipe(recipe: Recipe) -> None:
             _check_options(use, kind, where)
         _check_one_of_a_kind(stage, group, f"stages.{index}.{kind}")
     _check_conflicts(used)
+    _check_data(recipe)
+    for name in recipe.arms:
+        try:
+            check_recipe(recipe.with_arm(name))
+        except ConfigError as error:
+            raise ConfigError(f"arms.{name}: {error}") from error
+
+
+def _check_data(recipe: Recipe) -> None:
+    """Refuse what needs rows of another kind than the data gives."""
+    for index, (kind, stage) in enumerate(recipe.steps):
+        if kind == "select" and recipe.data.paired:
+            raise ConfigError(
+                f"stages.{index}.select: selection works on windows of plain text, and the data are prompts with "
+                "completions. Drop the stage, or give plain text."
+            )
+        if isinstance(stage, EvaluateStage) and not recipe.data.paired:
+            for use in stage.metrics:
+                if use.uses == "accuracy":
+                    raise ConfigError(
+                        f"stages.{index}.evaluate (accuracy): it compares completions, and the data are plain text. "
+                        "Give data.prompt_field and data.completion_field, or drop the metric."
+                    )
 
 
 def _joined(use: MethodUse, kind: str, where: str) -> Card:
@@ -178,7 +225,7 @@ def _check_options(use: MethodUse, stage: str, where: str) -> None:
     for call in calls:
         hints = _hints(call)
         for name, parameter in _parameters(call).items():
-            if name not in OFFERED:
+            if name not in OFFERED and not (stage == "train" and name in OFFERED_IN_TRAINING - {"lr"}):
                 options.setdefault(name, (parameter, hints.get(name, Any)))
     for name in use.with_:
         if name not in options:

@@ -110,7 +110,7 @@ def run_recipe(
     check_recipe(recipe)
     main = ranks().is_main_process
     progress = (progress or quiet()) if main else quiet()
-    plain = {k: v for k, v in recipe.plain().items() if k not in ("seeds", "ablate")}
+    plain = {k: v for k, v in recipe.plain().items() if k not in ("seeds", "ablate", "arm", "arms")}
     source = source_hash(recipe.model)
     data = prepare_data(recipe)
     first = build_model(
@@ -225,7 +225,7 @@ def _run_arm(state: _Run, arm: Arm, seed: int) -> None:
 
 
 def _label(state: _Run, arm: Arm, seed: int, kind: str) -> str:
-    parts = [] if arm.name == "all" and not state.recipe.ablate else [arm.name]
+    parts = [arm.name] if state.recipe.ablate or state.recipe.arms else []
     if state.recipe.seeds > 1:
         parts.append(f"seed {seed}")
     return " ".join([f"[{', '.join(parts)}]", kind] if parts else [kind])
@@ -394,5 +394,5 @@ def _publish_models(state: _Run) -> None:
                 state.run["warnings"].append(f"no stock copy was exported: {error}")
             base = unwrap(model)
             log.info("saved %s to %s", type(base).__name__, state.store.path / "model")
-    keep = {s["key"] for arm in state.run["arms"] if arm["name"] == "all" for s in arm["stages"][-1:]}
+    keep = {s["key"] for arm in state.run["arms"] if arm["name"] == state.recipe.arm for s in arm["stages"][-1:]}
     state.store.drop_models_except(keep)

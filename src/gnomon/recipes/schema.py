@@ -40,6 +40,8 @@ __all__ = [
     "load_recipe",
 ]
 
+BUILTIN_PAIRS = ("unicode-categories",)  # corpora that are prompts with completions
+
 STAGE_KINDS = ("select", "train", "compress", "extend", "merge", "evaluate")
 
 SIZES: dict[str, dict[str, int]] = {
@@ -83,7 +85,9 @@ class ModelSpec(OrText):
     architecture: str | None = Field(None, description="Family of a model built on the spot: llama, gpt2, qwen, ...")
     size: str | None = Field(None, description=f"Size of it: {', '.join(SIZES)}. Default tiny.")
     vocab_size: int = Field(2048, ge=257, description="Entries of the tokenizer trained on the data (built models).")
-    path: str | None = Field(None, description="A model folder or hub id.")
+    path: str | None = Field(
+        None, description="A model folder or hub id, or workbench: a small Llama trained on python-docs on the spot."
+    )
     weights: Literal["pretrained", "random"] = Field(
         "pretrained", description="With `path`: use its weights, or its configuration alone with fresh weights."
     )
@@ -114,8 +118,13 @@ class ModelSpec(OrText):
 class DataSpec(OrText):
     """Which text, and how it is cut."""
 
-    corpus: str = Field(description="python-docs, a .txt/.jsonl/.parquet file, or a hub dataset id.")
+    corpus: str = Field(
+        description="python-docs, a .txt/.jsonl/.parquet file, or a hub dataset id; with prompts and completions also "
+        "a .csv/.tsv/.json file, or unicode-categories (built in)."
+    )
     text_field: str | None = Field(None, description="Column that holds the text.")
+    prompt_field: str | None = Field(None, description="Column with prompts; only their completions are learned.")
+    completion_field: str | None = Field(None, description="Column with the completions that go with the prompts.")
     split: str = Field("train", description="Split of a hub dataset.")
     validation: float = Field(0.1, gt=0, lt=1, description="Share kept apart for evaluation.")
     strict: bool = Field(False, description="Refuse the data at the first row that cannot be used.")
@@ -125,6 +134,19 @@ class DataSpec(OrText):
     @classmethod
     def _short_form(cls, value: Any) -> Any:
         return {"corpus": value} if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _two_fields(self) -> DataSpec:
+        if (self.prompt_field is None) != (self.completion_field is None):
+            raise ValueError("'prompt_field' and 'completion_field' go together; give both or neither")
+        if self.prompt_field is not None and self.text_field is not None:
+            raise ValueError("'text_field' is for plain text, 'prompt_field' for prompts with completions; give one")
+        return self
+
+    @property
+    def paired(self) -> bool:
+        """Whether rows are prompts with completions."""
+        return self.prompt_field is not None or self.corpus in BUILTIN_PAIRS
 
 
 class MethodUse(OrText):
@@ -150,8 +172,9 @@ class SelectStage(_MethodStage):
 class TrainStage(_MethodStage):
     """Train (or go on training) with `transformers.Trainer`."""
 
-    tokens: int = Field(ge=1, description="Training tokens; text is repeated when there is less.")
-    batch_size: int = Field(16, ge=1, description="Rows of `context` tokens in one step, over all devices.")
+    tokens: int | None = Field(None, ge=1, description="Training tokens; text is repeated when there is less.")
+    epochs: float | None = Field(None, gt=0, description="Passes over the training rows, instead of `tokens`.")
+    batch_size: int = Field(16, ge=1, description="Rows in one step, over all devices.")
     accumulate: int = Field(1, ge=1, description="Split each step's batch into this many passes.")
     lr: float = Field(1e-3, ge=0, description="Peak learning rate of the default AdamW; methods may take their own.")
     schedule: str = Field("cosine", description="Learning-rate schedule, by its transformers name.")
@@ -163,6 +186,12 @@ class TrainStage(_MethodStage):
     keep_zeros: bool = Field(True, description="Weights pruned by an earlier stage stay zero.")
     checkpoint_every: int = Field(0, ge=0, description="Steps between checkpoints; 0: a tenth of the stage.")
     report_to: list[str] = Field(default_factory=list, description="Trainer integrations: wandb, tensorboard, trackio.")
+
+    @model_validator(mode="after")
+    def _one_length(self) -> TrainStage:
+        if (self.tokens is None) == (self.epochs is None):
+            raise ValueError("give either 'tokens' or 'epochs'")
+        return self
 
 
 class CompressStage(_MethodStage):
@@ -252,12 +281,45 @@ class Recipe(Strict):
     seed: int = Field(0, ge=0)
     seeds: int = Field(1, ge=1, description="Repeat everything with this many seeds, from `seed` on.")
     ablate: bool = Field(False, description="Also run every method's arm without it.")
+    arm: str = Field("all", min_length=1, description="Name of the recipe as written, among its arms.")
+    arms: dict[str, dict[str, Any]] = Field(
+        default_factory=dict,
+        description="Further arms: name -> what differs there, with keys as in --set (train.lr, nola.r, stages).",
+    )
     stages: list[_AnyStage] = Field(min_length=1)
 
     @property
     def steps(self) -> list[tuple[str, Stage]]:
         """The stages as (kind, stage)."""
         return [(kind, getattr(entry, kind)) for entry in self.stages for kind in type(entry).model_fields]
+
+    @model_validator(mode="after")
+    def _arms_can_be_made(self) -> Recipe:
+        if self.arm in self.arms:
+            raise ValueError(f"arms.{self.arm}: this is the name of the recipe as written; give the arm another one")
+        for name in self.arms:
+            self.with_arm(name)
+        return self
+
+    def with_arm(self, name: str) -> Recipe:
+        """Return the recipe with the changes of one of its arms, and without further arms.
+
+        Raises
+        ------
+        ConfigError
+            When a change leads nowhere or is not allowed.
+        """
+        from gnomon.recipes.overrides import apply_overrides
+
+        whole = {**self.plain(), "arms": {}}
+        try:
+            changed = apply_overrides(whole, self.arms[name])
+        except ConfigError as error:
+            raise ConfigError(f"arms.{name}: {str(error).removeprefix('--set ')}") from error
+        for key, value in changed.items():
+            if key != "stages" and value != whole.get(key):
+                raise ConfigError(f"arms.{name}: an arm changes stages, not {key!r}. Make that a recipe of its own.")
+        return Recipe.parse({**changed, "arm": name}, f"arms.{name}")
 
     def plain(self) -> dict[str, Any]:
         """The recipe as resolved, every default filled in, JSON-plain."""

@@ -16,6 +16,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 import gnomon
 from gnomon.common.files import write_text
 from gnomon.reports import words
+from gnomon.reports.arms import arm_rows
 from gnomon.reports.pictures import arm_styles, pictures_of
 from gnomon.reports.reading import Effect, Layer, Run, quarantined_rows, read_run
 from gnomon.reports.tables import Row, arm_names, main_metric, rows_of, runs_of, split_metrics, stage_row
@@ -144,6 +145,7 @@ def render_report(run: Run) -> str:
             for name in names
         ],
         pictures=pictures_of(run),
+        arms=arm_rows(run),
         effects=[part for part in (first, rest) if part],
 same=[words.metric_name(name) for name in same],
         layers=_layer_tables(run, main),

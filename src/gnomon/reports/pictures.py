@@ -24,6 +24,7 @@ from gnomon.reports._drawing import (
     picture,
     thinned,
 )
+from gnomon.reports.arms import memory_picture
 from gnomon.reports.layer_pictures import layer_errors, layer_map, percent
 from gnomon.reports.reading import Run, Stage
 from gnomon.reports.tables import arm_names, main_metric, rows_of, runs_of
@@ -40,7 +41,7 @@ class Style:
 
 
 def arm_styles(run: Run) -> dict[str, Style]:
-    """Return the style of each arm; the arm "all" is blue and solid."""
+    """Return the style of each arm; the recipe as written is blue and solid."""
     return {
         name: Style(PALETTE[i % len(PALETTE)], DASHES[i // len(PALETTE) % len(DASHES)])
         for i, name in enumerate(arm_names(run))
@@ -197,7 +198,7 @@ def size_picture(run: Run) -> Picture | None:
                 capsize=2.5,
                 linewidth=1.3,
                 label=label(name),
-                zorder=3 if name == "all" else 2,
+                zorder=3 if name == arm_names(run)[0] else 2,
             )
         axes.set(xlabel=f"size ({unit})", ylabel=label(words.metric_name(metric)))
         axes.margins(x=0.16, y=0.2)
@@ -257,7 +258,7 @@ def pictures_of(run: Run) -> list[Picture]:
     found: list[Picture | None] = []
     positions = range(max((len(arm.stages) for arm in run.arms), default=0))
     found += [loss_picture(run, position) for position in positions]
-    found.append(size_picture(run))
+    found += [memory_picture(run, arm_styles(run)), size_picture(run)]
     found += [depth_picture(run, position) for position in positions]
     main = runs_of(run, arm_names(run)[0])[:1] if run.arms else []
     for stage in (stage for arm in main for stage in arm.stages):

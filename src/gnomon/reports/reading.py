@@ -47,7 +47,11 @@ class Layer:
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage of one arm."""
+    """One stage of one arm.
+
+    `trainable` counts parameters; `trained_weights` and `optimizer` are the bytes of the weights and of the optimizer's
+    state during training.
+    """
 
     index: int
     kind: str
@@ -59,6 +63,9 @@ class Stage:
     parameters: float | None
     nonzero: float | None
     size: float | None
+    trainable: float | None
+    trained_weights: float | None
+    optimizer: float | None
     metrics: Mapping[str, Measured]
     loss: tuple[tuple[float, float], ...]
     eval_loss: tuple[tuple[float, float], ...]
@@ -246,6 +253,9 @@ def _stage(fields: Fields, position: int) -> Stage:
         parameters=fields.number("parameters"),
         nonzero=fields.number("nonzero_parameters"),
         size=fields.number("size_bytes"),
+        trainable=details.number("trainable_parameters"),
+        trained_weights=details.number("weight_bytes"),
+        optimizer=details.number("optimizer_bytes"),
         metrics=_metrics(fields.child("metrics")),
         loss=tuple(details.pairs("loss_curve")),
         eval_loss=tuple(details.pairs("eval_curve")),

@@ -7,7 +7,17 @@ from dataclasses import dataclass, replace
 
 from gnomon.reports.reading import Arm, Measured, MethodUse, Run, Stage
 
-__all__ = ["Row", "arm_names", "main_metric", "metrics_of", "rows_of", "runs_of", "split_metrics", "stage_row"]
+__all__ = [
+    "Row",
+    "arm_names",
+    "main_arm",
+    "main_metric",
+    "metrics_of",
+    "rows_of",
+    "runs_of",
+    "split_metrics",
+    "stage_row",
+]
 
 
 @dataclass(frozen=True)
@@ -30,8 +40,15 @@ class Row:
 
 
 def arm_names(run: Run) -> list[str]:
-    """Return the names of a run's arms, "all" first, then in the run's order."""
-    return sorted(dict.fromkeys(arm.name for arm in run.arms), key=lambda name: name != "all")
+    """Return the names of a run's arms, the recipe as written first, then in the run's order."""
+    main = main_arm(run)
+    return sorted(dict.fromkeys(arm.name for arm in run.arms), key=lambda name: name != main)
+
+
+def main_arm(run: Run) -> str:
+    """Return the name of the arm that is the recipe as written."""
+    name = run.recipe.get("arm")
+    return name if isinstance(name, str) and name else "all"
 
 
 def runs_of(run: Run, name: str) -> list[Arm]:

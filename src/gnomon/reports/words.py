@@ -8,7 +8,7 @@ from datetime import datetime
 
 from gnomon.progress import duration
 from gnomon.reports.reading import Effect, Measured, MethodUse, Run
-from gnomon.reports.tables import Row, main_metric, rows_of
+from gnomon.reports.tables import Row, main_arm, main_metric, rows_of
 
 __all__ = [
     "NOT_RECORDED", "between", "bytes_", "count", "effect_sentence", "figure", "headline", "listing",
@@ -234,7 +234,7 @@ def headline(run: Run) -> tuple[str, str]:
     tuple of str
         What was done; what came out. The second is "" when nothing was measured.
     """
-    rows = rows_of(run, "all") or (rows_of(run, run.arms[0].name) if run.arms else [])
+    rows = rows_of(run, main_arm(run)) or (rows_of(run, run.arms[0].name) if run.arms else [])
     return _did(run, rows), _outcome(run, rows)
 
 

@@ -12,9 +12,10 @@ import torch
 
 from gnomon.common.corpora import windows
 from gnomon.common.engine import Engine
+from gnomon.common.pairs import Example, Pair
 from gnomon.errors import GnomonError, MethodError, ModelError
 from gnomon.progress import Progress
-from gnomon.recipes.options import Lazy, bind, call_of
+from gnomon.recipes.options import Lazy, bind, call_of, split_options
 from gnomon.recipes.schema import MethodUse
 
 __all__ = ["Prepared", "StageContext"]
@@ -22,7 +23,15 @@ __all__ = ["Prepared", "StageContext"]
 
 @dataclass(frozen=True)
 class Prepared:
-    """The data of a run: token streams, validation texts and the tokenizer."""
+    """The data of a run: token streams, validation texts and the tokenizer; for prompts with completions also those.
+
+    Attributes
+    ----------
+    train_examples, valid_examples : tuple of Example
+        Prompts with completions as token ids; empty for plain text.
+    valid_pairs : tuple of Pair
+        The validation rows as text.
+    """
 
     tokenizer: Any
     train_tokens: torch.Tensor
@@ -30,6 +39,14 @@ class Prepared:
     valid_texts: list[str]
     context: int
     facts: Mapping[str, Any]
+    train_examples: tuple[Example, ...] = ()
+    valid_examples: tuple[Example, ...] = ()
+    valid_pairs: tuple[Pair, ...] = ()
+
+    @property
+    def paired(self) -> bool:
+        """Whether rows are prompts with completions."""
+        return bool(self.train_examples)
 
 
 @dataclass
@@ -111,7 +128,8 @@ class StageContext:
             }
             entry = call_of(use.uses, self.kind)
             try:
-                result = entry(**bind(entry, everything, use.with_))
+                options = split_options(use.uses, use.with_)[0] if self.kind == "train" else use.with_
+                result = entry(**bind(entry, everything, options))
             except GnomonError as error:
                 if isinstance(error, (MethodError, ModelError)):
                     raise type(error)(f"{use.uses}: {error}") from error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,34 +17,53 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from gnomon import catalog
 from gnomon.common.layers import linear_layers
 from gnomon.common.memory import tensor_bytes
+from gnomon.common.pairs import Example, pad
 from gnomon.common.ranks import ranks
 from gnomon.errors import ConfigError
 from gnomon.progress import Task
-from gnomon.recipes.options import call_of, split_options
+from gnomon.recipes.options import bind, call_of, callback_of, split_options
 from gnomon.recipes.schema import TrainStage
-from gnomon.recipes.stages.context import StageContext
+from gnomon.recipes.stages.context import Prepared, StageContext
 
-__all__ = ["build_optimizer", "steps_of", "train"]
+__all__ = ["build_optimizer", "steps_of", "tokens_per_row", "train"]
 
 COMPLETE = "gnomon_complete"
 
 
-class _Rows(Dataset[dict[str, torch.Tensor]]):
-    """Windows of token ids as training rows."""
+class _Rows(Dataset[Any]):
+    """Windows of token ids, or prompts with completions, as training rows."""
 
-    def __init__(self, rows: torch.Tensor) -> None:
+    def __init__(self, rows: torch.Tensor | Sequence[Example]) -> None:
         self.rows = rows
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        return {"input_ids": self.rows[index], "labels": self.rows[index]}
+    def __getitem__(self, index: int) -> torch.Tensor | Example:
+        return self.rows[index]
 
 
-def _stack(items: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    rows = torch.stack([item["input_ids"] for item in items])
+def _stack(items: list[Any]) -> dict[str, torch.Tensor]:
+    if isinstance(items[0], Example):
+        return pad(items)
+    rows = torch.stack(items)
     return {"input_ids": rows, "labels": rows}
+
+
+class _Batches:
+    """The rows of one epoch as batches in a seeded order; can be gone through again."""
+
+    def __init__(self, rows: torch.Tensor | Sequence[Example], batch_size: int, seed: int) -> None:
+        self.rows, self.batch_size, self.seed = rows, batch_size, seed
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.rows) / self.batch_size)
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        order = torch.randperm(len(self.rows), generator=torch.Generator().manual_seed(self.seed)).tolist()
+        for start in range(0, len(order), self.batch_size):
+            batch = _stack([self.rows[i] for i in order[start : start + self.batch_size]])
+            yield {"attention_mask": torch.ones_like(batch["input_ids"]), **batch}
 
 
 class _Trainer(Trainer):
@@ -82,9 +101,25 @@ def build_optimizer(stage: TrainStage, model: torch.nn.Module) -> torch.optim.Op
     return catalog.load(use.uses)(parameters, **{"lr": stage.lr, **own})
 
 
-def steps_of(stage: TrainStage, context: int) -> int:
-    """Return the number of optimizer steps of a stage: its tokens over the tokens of one step, rounded up."""
-    return math.ceil(stage.tokens / (stage.batch_size * context))
+def steps_of(stage: TrainStage, rows: int, tokens_per_row: float) -> int:
+    """Return the number of optimizer steps of a stage: its tokens over the tokens of one step, rounded up.
+
+    Parameters
+    ----------
+    stage : TrainStage
+    rows : int
+        Training rows; decides with `epochs`.
+    tokens_per_row : float
+        The context, or the mean length of prompts with completions; decides with `tokens`.
+    """
+    if stage.epochs is not None:
+        return math.ceil(stage.epochs * rows / stage.batch_size)
+    return math.ceil((stage.tokens or 0) / (stage.batch_size * tokens_per_row))
+
+
+def tokens_per_row(data: Prepared) -> float:
+    """Return the mean number of tokens in a training row."""
+    return len(data.train_tokens) / len(data.train_examples) if data.paired else data.context
 
 
 class _Watch(TrainerCallback):
@@ -154,19 +189,26 @@ def _own_randomness() -> Iterator[None]:
 
 def train(stage: TrainStage, model: Any, context: StageContext) -> tuple[Any, dict[str, Any]]:
     """Train the model; resumes from the last whole checkpoint in the stage's folder."""
+    rows: Any = context.data.train_examples or context.rows()
+    steps = steps_of(stage, len(rows), tokens_per_row(context.data))
+    offered = {
+        "batches": _Batches(rows, stage.batch_size, context.seed),
+        "lr": stage.lr,
+        "num_training_steps": steps,
+    }
     for use in stage.methods:
         if catalog.get(use.uses).plugs in ("architecture", "adapter"):
-            model, _ = context.apply(use, model, {})
-    steps = steps_of(stage, context.data.context)
+            model, _ = context.apply(use, model, offered)
+    offered |= {"model": model, "seed": context.seed}
     with _own_randomness(), context.progress.task(context.label, steps) as task:
         trainer = _Trainer(
             stage=stage,
             model=model.train(),
             args=_arguments(stage, context, steps),
-            train_dataset=_Rows(context.rows()),
+            train_dataset=_Rows(rows),
             data_collator=_stack,
             # last, so that a checkpoint is marked whole only when every method has saved its own part
-            callbacks=[*_callbacks(stage, model), _Watch(context, task)],
+            callbacks=[*_callbacks(stage, offered), _Watch(context, task)],
         )
         # The default printers would write their own progress and log lines between ours.
         trainer.remove_callback(PrinterCallback)
@@ -176,9 +218,14 @@ def train(stage: TrainStage, model: Any, context: StageContext) -> tuple[Any, di
             context.progress.say(f"{context.label}: going on at {checkpoint.name}")
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     curve = [[int(e["step"]), float(e["loss"])] for e in trainer.state.log_history if "loss" in e]
-    details: dict[str, Any] = {"loss_curve": curve, "steps": steps}
     optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
-    details["optimizer_bytes"] = _state_bytes(optimizer)
+    details: dict[str, Any] = {
+        "loss_curve": curve,
+        "steps": steps,
+        "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "weight_bytes": tensor_bytes(model),
+        "optimizer_bytes": _state_bytes(optimizer),
+    }
     return trainer.accelerator.unwrap_model(trainer.model).cpu().eval(), details
 
 
@@ -186,14 +233,19 @@ def _state_bytes(optimizer: Any) -> int:
     return tensor_bytes(list(optimizer.state.values())) if optimizer is not None else 0
 
 
-def _callbacks(stage: TrainStage, model: Any) -> list[TrainerCallback]:
-    found: list[TrainerCallback] = [
-        call_of(use.uses, "train")(**use.with_)
-        for use in stage.methods
-        if catalog.get(use.uses).plugs not in ("architecture", "adapter", "optimizer")
-    ]
+def _callbacks(stage: TrainStage, offered: Mapping[str, Any]) -> list[TrainerCallback]:
+    found: list[TrainerCallback] = []
+    for use in stage.methods:
+        kind = catalog.get(use.uses).plugs
+        make = callback_of(use.uses)
+        if make is not None:
+            made = make(**bind(make, offered, split_options(use.uses, use.with_)[1]))
+            found += [] if made is None else [made]
+        elif kind not in ("architecture", "adapter", "optimizer"):
+            make = call_of(use.uses, "train")
+            found.append(make(**bind(make, offered, use.with_)))
     if stage.keep_zeros:
-        keep = _KeepZeros(model)
+        keep = _KeepZeros(offered["model"])
         found += [keep] if keep.pruned else []
     return found
 
