@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 
 from gnomon import catalog
+from gnomon.common.models import tiny
 from gnomon.errors import ConfigError, DataError
 from gnomon.recipes.arms import arms_of
 from gnomon.recipes.dry import plan
@@ -18,6 +20,8 @@ from gnomon.recipes.schema import load_recipe
 from gnomon.reports import write_report
 from gnomon.reports.arms import arm_rows
 from gnomon.reports.reading import read_run
+
+train_stage: Any = importlib.import_module("gnomon.recipes.stages.train")  # the package has a function of that name
 
 ADAPTER = {"uses": "nola", "with": {"r": 4, "num_basis_a": 8, "target_modules": "all-linear"}}
 
@@ -38,7 +42,7 @@ def paired(pairs: Path) -> dict[str, Any]:
         "data": {"corpus": str(pairs), "prompt_field": "q", "completion_field": "a", "context": 40},
         "arm": "nola",
         "arms": {
-            "lora": {"train.methods": [{"uses": "lora", "with": {"r": 2}}], "train.lr": 0.01},
+            "lora": {"train.methods": [{"uses": "lora", "with": {"r": 2, "lr": 0.02}}]},
             "full": {"train.methods": []},
         },
         "stages": [
@@ -81,8 +85,19 @@ def test_ablation_and_named_arms_in_one_run(paired: dict[str, Any]) -> None:
     arms = arms_of(load_recipe(paired, {"ablate": True}))
     assert [arm.name for arm in arms] == ["nola", "lora", "full", "without nola"]
     assert [u.uses for _, s in arms[1].steps for u in getattr(s, "methods", [])] == ["lora"]
-    assert arms[1].steps[0][1].lr == 0.01
     assert arms[1].without is None
+
+
+def test_an_adapter_brings_its_own_learning_rate(paired: dict[str, Any]) -> None:
+    recipe = load_recipe(paired).with_arm("lora")
+    check_recipe(recipe)
+    stage: Any = recipe.steps[0][1]
+    own = train_stage.with_own_lr(stage)
+    assert (stage.lr, own.lr) == (0.01, 0.02)
+    assert own.methods[0].with_ == {"r": 2}
+    assert train_stage.with_own_lr(own) == own
+    model = catalog.resolve(catalog.get("lora").entry)(tiny("llama"))
+    assert {group["lr"] for group in train_stage.build_optimizer(stage, model).param_groups} == {0.02}
 
 
 def test_the_dry_run_counts_rows_and_lists_the_arms(paired: dict[str, Any]) -> None:

@@ -55,6 +55,8 @@ def print_card(slug: str, as_json: bool) -> None:
         print("  recipes    only where training starts at random weights")
     for other, reason in card.conflicts.items():
         print(f"  not with   {other}: {reason}")
+    if card.baselines:
+        print(f"  baselines  {', '.join(card.baselines)} (recipes use them by these names)")
     for claim in card.claims:
         print(f"  claim      {claim.id}: {claim.says}")
         print(f"             paper: {claim.paper}")

@@ -227,6 +227,8 @@ def _check_options(use: MethodUse, stage: str, where: str) -> None:
         for name, parameter in _parameters(call).items():
             if name not in OFFERED and not (stage == "train" and name in OFFERED_IN_TRAINING - {"lr"}):
                 options.setdefault(name, (parameter, hints.get(name, Any)))
+    if use.uses not in BUILTIN_METRICS and catalog.get(use.uses).plugs == "adapter" and stage == "train":
+        options.setdefault("lr", (inspect.Parameter("lr", inspect.Parameter.KEYWORD_ONLY), float))
     for name in use.with_:
         if name not in options:
             raise ConfigError(f"{where}: unknown option {name!r}. {nearest(name, options, noun='option')}")

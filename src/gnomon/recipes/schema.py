@@ -176,7 +176,9 @@ class TrainStage(_MethodStage):
     epochs: float | None = Field(None, gt=0, description="Passes over the training rows, instead of `tokens`.")
     batch_size: int = Field(16, ge=1, description="Rows in one step, over all devices.")
     accumulate: int = Field(1, ge=1, description="Split each step's batch into this many passes.")
-    lr: float = Field(1e-3, ge=0, description="Peak learning rate of the default AdamW; methods may take their own.")
+    lr: float = Field(
+        1e-3, ge=0, description="Peak learning rate; optimizers and adapters may bring their own (with: {lr: ...})."
+    )
     schedule: str = Field("cosine", description="Learning-rate schedule, by its transformers name.")
     warmup: float = Field(0.1, ge=0, lt=1, description="Share of the steps with rising learning rate.")
     weight_decay: float = Field(0.0, ge=0)

@@ -80,12 +80,24 @@ class _Trainer(Trainer):
         return self.optimizer
 
 
+def with_own_lr(stage: TrainStage) -> TrainStage:
+    """Return the stage with the learning rate that its adapter brings, taken out of the adapter's options."""
+    for place, use in enumerate(stage.methods):
+        if catalog.get(use.uses).plugs == "adapter" and "lr" in use.with_:
+            rest = {name: value for name, value in use.with_.items() if name != "lr"}
+            methods = list(stage.methods)
+            methods[place] = use.model_copy(update={"with_": rest})
+            return stage.model_copy(update={"methods": methods, "lr": use.with_["lr"]})
+    return stage
+
+
 def build_optimizer(stage: TrainStage, model: torch.nn.Module) -> torch.optim.Optimizer:
     """Make the optimizer a train stage asks for: its method of that kind, or AdamW.
 
     An optimizer's options go to its parameter-group function where that takes them, else to its constructor;
     the learning rate is the stage's unless the method brings its own.
     """
+    stage = with_own_lr(stage)
     use = next((u for u in stage.methods if catalog.get(u.uses).plugs == "optimizer"), None)
     if use is None:
         decayed = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
@@ -189,6 +201,7 @@ def _own_randomness() -> Iterator[None]:
 
 def train(stage: TrainStage, model: Any, context: StageContext) -> tuple[Any, dict[str, Any]]:
     """Train the model; resumes from the last whole checkpoint in the stage's folder."""
+    stage = with_own_lr(stage)
     rows: Any = context.data.train_examples or context.rows()
     steps = steps_of(stage, len(rows), tokens_per_row(context.data))
     offered = {
