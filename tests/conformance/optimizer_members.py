@@ -11,22 +11,28 @@ import torch
 from gnomon import catalog
 from gnomon.common.models import tiny
 
+# further ways to make a member, covered beside the default: member -> {name of the way: options of the constructor}
+WAYS: dict[str, dict[str, dict[str, Any]]] = {
+    "gradnorm-lorp:GradNormLoRP": {"authors": {"mode": "authors"}},
+}
+
 
 def members() -> list[str]:
-    """Every optimizer class of every module behind a card that plugs an optimizer, as "slug:class"."""
+    """Every optimizer class of every module behind a card that plugs an optimizer, as "slug:class[:way]"."""
     found = []
     for card in catalog.methods(plugs="optimizer"):
         module = importlib.import_module(card.entry.partition(":")[0])
         for name in module.__all__:
             thing = getattr(module, name)
             if inspect.isclass(thing) and issubclass(thing, torch.optim.Optimizer):
-                found.append(f"{card.slug}:{name}")
+                member = f"{card.slug}:{name}"
+                found += [member, *(f"{member}:{way}" for way in WAYS.get(member, {}))]
         assert any(m.endswith(":" + card.entry.partition(":")[2]) for m in found), f"{card.slug}: entry is no optimizer"
     return found
 
 
 def optimizer_class(member: str) -> type[torch.optim.Optimizer]:
-    slug, name = member.split(":")
+    slug, name = member.split(":")[:2]
     return getattr(importlib.import_module(catalog.get(slug).entry.partition(":")[0]), name)
 
 
@@ -47,7 +53,9 @@ def groups(member: str, model: torch.nn.Module) -> list[Any]:
 
 
 def build(member: str, model: torch.nn.Module, lr: Any = 0.01, **options: Any) -> torch.optim.Optimizer:
-    return optimizer_class(member)(groups(member, model), lr=lr, **options)
+    slug, name, *way = member.split(":")
+    own = WAYS[f"{slug}:{name}"][way[0]] if way else {}
+    return optimizer_class(member)(groups(member, model), lr=lr, **{**own, **options})
 
 
 def accepts(member: str, option: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import io
 import pickle
 import sys
@@ -23,8 +24,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 from adapter_members import (
     CODED,
     CONTROL,
+    LARGER,
     NO_IDENTITY,
     OPTIONS,
+    SAVED_AS,
     STUBBORN,
     TAKES_EMBEDDINGS,
     TRAINED,
@@ -34,6 +37,7 @@ from adapter_members import (
     ids,
     logits,
     members,
+    offered,
     shaken,
     trained,
     with_families,
@@ -144,7 +148,8 @@ def test_a_saved_adapter_comes_back_to_the_bit(member: str, family: str, tmp_pat
     again = load(tmp_path, family)
     assert torch.equal(logits(again), logits(model))
     assert not trained(again)
-    assert type(again.peft_config["default"]) is type(model.peft_config["default"])
+    saved_as = SAVED_AS.get(member.partition(":")[0], type(model.peft_config["default"]))
+    assert type(again.peft_config["default"]) is saved_as
     further = load(tmp_path, family, is_trainable=True)
     assert trained(further).keys() == trained(model).keys()
     again.save_pretrained(tmp_path / "again")
@@ -159,6 +164,8 @@ def test_a_saved_adapter_is_small(member: str, tmp_path: Path) -> None:
     model = shaken(adapted(member))
     model.save_pretrained(tmp_path)
     size = (tmp_path / "adapter_model.safetensors").stat().st_size
+    if member in LARGER:
+        pytest.skip(LARGER[member])
     tensors = len(trained(model))
     assert size < sum(p.numel() * 4 for p in trained(model).values()) + 200 * tensors + 1000
 
@@ -380,8 +387,9 @@ def test_transformers_own_loading(member: str, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     plain = base_model()
     if member in CODED:
-        with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        with pytest.raises((RuntimeError, GnomonError), match=r"ignore_mismatched_sizes|has no factors yet"):
             plain.load_adapter(str(tmp_path))
+            logits(plain)
         return
     plain.load_adapter(str(tmp_path))
     assert torch.equal(logits(plain.eval()), logits(model))
@@ -428,8 +436,10 @@ def test_recipes_attach_it_by_one_call(slug: str) -> None:
     call = catalog.get(slug).recipe.get("call")
     if call is None:
         pytest.skip("joins no recipe by a call of its own")
-    model = catalog.resolve(call)(base_model(), **OPTIONS.get(slug, {}))
+    function = catalog.resolve(call)
+    given = {name: value for name, value in offered().items() if name in inspect.signature(function).parameters}
+    model = function(base_model(), **given, **OPTIONS.get(slug, {}))
     assert isinstance(model, peft.PeftModel)
     assert trained(model)
     with pytest.raises(GnomonError, match="has adapters already"):
-        catalog.resolve(call)(model, **OPTIONS.get(slug, {}))
+        function(model, **given, **OPTIONS.get(slug, {}))

@@ -14,7 +14,7 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 sys.path.insert(0, str(Path(__file__).parent))
-from adapter_members import adapted, base_model, config, ids, logits, members, trained
+from adapter_members import adapted, base_model, config, ids, initialised, logits, members, trained
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::FutureWarning")]
 MEMBERS = members()
@@ -125,6 +125,7 @@ def test_one_step_of_trl(member: str, tmp_path: Path) -> None:
         processing_class=byte_tokenizer(),
         peft_config=config(member, target_modules="all-linear", task_type="CAUSAL_LM"),
     )
+    initialised(member, run.model)
     start = {name: p.detach().clone() for name, p in trained(run.model).items()}
     assert start
     run.train()

@@ -39,9 +39,15 @@ def model_of(family: str = "llama") -> nn.Module:
     return tiny(family, vocab_size=257, num_layers=2, hidden_size=32).eval()
 
 
+def call_of(slug: str) -> Any:
+    """What a recipe calls: the card's `call`, else the entry."""
+    card = catalog.get(slug)
+    return catalog.resolve(str(card.recipe.get("call", card.entry)))
+
+
 def result(slug: str, model: nn.Module, texts: list[str] | None = None, tokenizer: Any = None, **more: Any) -> Any:
-    """Call an entry by its parameters' names, as recipes do."""
-    entry = catalog.load(slug)
+    """Call a metric by its parameters' names, as recipes do."""
+    entry = call_of(slug)
     offered = {
         "model": model,
         "compressed_model": model,
@@ -71,14 +77,14 @@ def same(a: dict[str, float], b: dict[str, float]) -> None:
 
 
 def takes(slug: str, name: str) -> bool:
-    return name in inspect.signature(catalog.load(slug)).parameters
+    return name in inspect.signature(call_of(slug)).parameters
 
 
 @pytest.mark.parametrize("slug", SLUGS)
 def test_a_recipe_can_call_it(slug):
     """What a stage does not offer has a default, and an annotation that the recipe schema can check."""
     offered = {"model", "compressed_model", "original_model", "tokenizer", "calibration", "texts", "seed", "on_layer"}
-    for parameter in inspect.signature(catalog.load(slug)).parameters.values():
+    for parameter in inspect.signature(call_of(slug)).parameters.values():
         if parameter.name in offered:
             continue
         assert parameter.annotation is not inspect.Parameter.empty, parameter

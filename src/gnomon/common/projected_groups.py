@@ -7,13 +7,21 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 from transformers.trainer_utils import check_target_module_exists
 
 from gnomon.common.projection import PROJ_TYPES
+from gnomon.common.quantized_state import SMALLEST
 from gnomon.errors import GnomonWarning, MethodError, ModelError, nearest
 
-__all__ = ["PROJECTION_DEFAULTS", "check_hyperparameters", "check_projected_group", "split_parameters"]
+__all__ = [
+    "PROJECTION_DEFAULTS",
+    "check_hyperparameters",
+    "check_projected_group",
+    "split_parameters",
+    "warn_of_sharded_moments",
+]
 
 PROJECTION_DEFAULTS: dict[str, Any] = {
     "update_proj_gap": 200,
@@ -161,3 +169,17 @@ def check_projected_group(
         stacklevel=6,
     )
     return True
+
+
+def warn_of_sharded_moments(group: dict[str, Any], name: Callable[[Tensor], str]) -> None:
+    """Say which moments stay in full precision although ``bits`` is 8: those of sharded weights without a ``rank``."""
+    if group["bits"] != 8 or "rank" in group:
+        return
+    sharded = [p for p in group["params"] if isinstance(p, DTensor) and p.numel() >= SMALLEST]
+    if sharded:
+        warnings.warn(
+            f"bits = 8 does not reach {name(sharded[0])} and {len(sharded) - 1} further sharded weights without a "
+            "rank: blocks of 8-bit values could not be resharded, so their moments stay in full precision.",
+            GnomonWarning,
+            stacklevel=6,
+        )

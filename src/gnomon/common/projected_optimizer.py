@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from gnomon.common import projection
-from gnomon.common.projected_groups import check_projected_group
+from gnomon.common.projected_groups import check_projected_group, warn_of_sharded_moments
 from gnomon.common.projection import FULL, LEFT, RIGHT
 from gnomon.common.quantized_state import SMALLEST, load_moment, store_moment
 from gnomon.errors import MethodError
@@ -93,6 +93,7 @@ class ProjectedOptimizer(Optimizer):
             group.pop("rank", None)
         elif check_projected_group(group, self._name, type(self).__name__, self._proj_types, not self._warned):
             self._warned = True
+        warn_of_sharded_moments(group, self._name)
 
     def _position(self, parameter: Tensor) -> tuple[int, str]:
         """Return a parameter's number over all groups and what to call it in a message."""
@@ -231,16 +232,20 @@ class ProjectedOptimizer(Optimizer):
             self._step_plain(group, params)
 
     def _step_projected(self, group: dict[str, Any], p: Tensor) -> None:
-        state = self.state[p]
         grad = projection.full_tensor(p.grad)  # type: ignore[arg-type]
+        low_rank, direction = self._project(group, p, grad)
+        self._apply(group, p, grad, low_rank, direction, self._step_size(group, self.state[p]["step"]))
+
+    def _project(self, group: dict[str, Any], p: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+        """Count the step; return the low-rank coordinates of a whole gradient and the method's direction in them."""
+        state = self.state[p]
         if "proj" not in state or state["step"] % group["update_proj_gap"] == 0:
             self._refresh(group, p, state, grad)
         low_rank = projection.project(grad, self._basis(state), state["side"])
         if group["maximize"]:
             low_rank.neg_()
         state["step"] += 1
-        direction = self._directions_of(group, [p], [low_rank], [low_rank])[0]
-        self._apply(group, p, grad, low_rank, direction, self._step_size(group, state["step"]))
+        return low_rank, self._directions_of(group, [p], [low_rank], [low_rank])[0]
 
     @staticmethod
     def _basis(state: dict[str, Any]) -> list[Tensor]:
@@ -356,6 +361,17 @@ class ProjectedOptimizer(Optimizer):
         """Change the weight: W <- W - step_size * alpha * back(direction), then weight decay."""
         self._add(group, p, direction, step_size)
 
+    def _local(self, p: Tensor, like: Tensor, low_rank: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Return this rank's parts of low-rank coordinates and of the basis for a weight placed as `like` is."""
+        side, basis = self.state[p]["side"], self._basis(self.state[p])
+        part = partial(projection.local_part, like=like)
+        low_rank = part(low_rank, rows=0 if side == RIGHT else None, columns=1 if side == LEFT else None)
+        sides = [LEFT, RIGHT] if side == FULL else [side]
+        return low_rank, [
+            part(b, rows=0 if s == LEFT else None, columns=1 if s == RIGHT else None)
+            for b, s in zip(basis, sides, strict=True)
+        ]
+
     def _add(
         self,
         group: dict[str, Any],
@@ -368,20 +384,13 @@ class ProjectedOptimizer(Optimizer):
         lr = float(group["lr"])
         if lr == 0.0:
             return
-        state = self.state[p]
-        side, basis = state["side"], self._basis(state)
-        if isinstance(p, DTensor):
+        side = self.state[p]["side"]
+        low_rank, basis = self._local(p, p, low_rank)
+        if isinstance(p, DTensor) and dense is not None:
             part = partial(projection.local_part, like=p)
-            low_rank = part(low_rank, rows=0 if side == RIGHT else None, columns=1 if side == LEFT else None)
-            sides = [LEFT, RIGHT] if side == FULL else [side]
-            basis = [
-                part(b, rows=0 if s == LEFT else None, columns=1 if s == RIGHT else None)
-                for b, s in zip(basis, sides, strict=True)
-            ]
-            if dense is not None:
-                D, v, factor = dense
-                v = part(v, rows=None, columns=0) if v.ndim == 1 else part(v, rows=0, columns=None)
-                dense = (part(D, rows=0, columns=1), v, factor)
+            D, v, factor = dense
+            v = part(v, rows=None, columns=0) if v.ndim == 1 else part(v, rows=0, columns=None)
+            dense = (part(D, rows=0, columns=1), v, factor)
         weight = projection.local_tensor(p)
         projection.add_low_rank_(weight, low_rank, basis, side, alpha=group["alpha"], step_size=step_size, dense=dense)
         if group["weight_decay"] > 0 and self._decays:

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 from gnomon.common.linalg import dominant_basis
 from gnomon.errors import MethodError, nearest
@@ -26,13 +26,16 @@ __all__ = [
     "back",
     "broadcast_from_first",
     "energy_resolution",
+    "factors",
     "full_tensor",
+    "gather",
     "gradient_basis",
     "local_part",
     "local_tensor",
     "project",
     "rotate",
     "side_of",
+    "total",
 ]
 
 LEFT, RIGHT, FULL = 0, 1, 2
@@ -149,6 +152,13 @@ def rotate(moment: Float[Tensor, "p q"], old: list[Tensor], new: list[Tensor], s
     return moment
 
 
+def factors(low_rank: Float[Tensor, "p q"], basis: list[Tensor], side: int) -> tuple[Tensor, Tensor]:
+    """Return two matrices whose product is `back(low_rank, basis, side)`."""
+    left = basis[0] if side in (LEFT, FULL) else low_rank
+    right = low_rank if side == LEFT else basis[-1] if side == RIGHT else low_rank @ basis[1]
+    return left, right
+
+
 def add_low_rank_(
     weight: Float[Tensor, "m n"],
     low_rank: Float[Tensor, "p q"],
@@ -172,8 +182,7 @@ def add_low_rank_(
     dense : (D, v, factor), optional
         A second term: a matrix, a vector that broadcasts against it, a number.
     """
-    left = basis[0] if side in (LEFT, FULL) else low_rank
-    right = low_rank if side == LEFT else basis[-1] if side == RIGHT else low_rank @ basis[1]
+    left, right = factors(low_rank, basis, side)
     update = torch.empty_like(weight, memory_format=torch.contiguous_format)
     torch.addmm(update, left, right, beta=0, alpha=alpha, out=update)
     if dense is not None:
@@ -193,6 +202,44 @@ def local_tensor(tensor: Tensor, like: Tensor | None = None) -> Tensor:
     if isinstance(like, DTensor) and tensor.placements != like.placements:
         tensor = tensor.redistribute(placements=like.placements)
     return tensor.to_local()
+
+
+def gather(local: Tensor, like: Tensor) -> Tensor:
+    """Return the whole tensor whose shard, placed as `like` is, every rank holds (a collective), or `local` itself."""
+    if not isinstance(like, DTensor):
+        return local
+    shape, stride = like.shape, torch.empty(like.shape, device="meta").stride()
+    whole = DTensor.from_local(local, like.device_mesh, like.placements, run_check=False, shape=shape, stride=stride)
+    return whole.full_tensor()
+
+
+def total(local: Float[Tensor, " ..."], like: Tensor) -> Float[Tensor, " ..."]:
+    """Add up, along the last axis of `like`, what every rank summed over its own shard.
+
+    Parameters
+    ----------
+    local : Tensor
+        Sums over the last axis of this rank's shard: one for each of its rows, or a scalar for a vector.
+    like : Tensor of one or two dimensions
+        Its placements say what the shards are; for a plain tensor `local` is the answer.
+
+    Returns
+    -------
+    Tensor of shape like.shape[:-1]
+        The same on every rank.
+    """
+    if not isinstance(like, DTensor):
+        return local
+    last = like.ndim - 1
+    placements = [
+        (Partial() if placement.dim % like.ndim == last else Shard(0)) if isinstance(placement, Shard) else Replicate()
+        for placement in like.placements
+    ]
+    shape = like.shape[:last]
+    whole = DTensor.from_local(
+        local, like.device_mesh, placements, run_check=False, shape=shape, stride=(1,) * len(shape)
+    )
+    return whole.full_tensor()
 
 
 def local_part(tensor: Tensor, like: Tensor, rows: int | None, columns: int | None) -> Tensor:
