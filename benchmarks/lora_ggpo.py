@@ -1,6 +1,6 @@
 """GGPO and MGPO against PEFT's LoRA: time of a training step with each back-end, and memory.
 
-    python benchmarks/lora_ggpo.py [--layers 2] [--hidden 512] [--rows 16] [--rounds 7]
+    python benchmarks/lora_ggpo.py [--layers 1] [--hidden 768] [--rows 16] [--rounds 9]
 
 All train a LoRA of the same rank on all linear layers of the same Llama, beside each other in one process. LoRA is the
 floor. A naive GGPO, which keeps a copy and a noise matrix of every weight, is timed beside them.
@@ -109,15 +109,16 @@ def memory(options: argparse.Namespace) -> None:
         added[name] = peak.added / 1e6
         print(f"  {name:<48} {added[name]:10.1f} MB (adapted weights: {size / 1e6:.1f} MB)")
     check("functional MGPO over LoRA, MB", added["MGPO, functional"] - added["PEFT LoRA"], at_most=0.1 * size / 1e6)
-    check("functional GGPO over LoRA, MB", added["GGPO, functional"] - added["PEFT LoRA"], at_most=0.35 * size / 1e6)
+    # One matrix W + eps at a time; the largest of the seven of a layer, the head beside them, is about a fifth.
+    check("functional GGPO over LoRA, MB", added["GGPO, functional"] - added["PEFT LoRA"], at_most=0.5 * size / 1e6)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--hidden", type=int, default=512)
+    parser.add_argument("--layers", type=int, default=1)
+    parser.add_argument("--hidden", type=int, default=768)
     parser.add_argument("--rows", type=int, default=16)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=9)
     options = parser.parse_args()
     steps(options)
     memory(options)

@@ -140,7 +140,8 @@ def test_the_average_is_a_geometric_sum() -> None:
     for norm in norms:
         average = next_average(average, torch.tensor(norm, dtype=torch.float64), 0.8)
     expected = 0.8**3 * norms[0] + 0.2 * sum(0.8 ** (3 - i) * norm for i, norm in enumerate(norms) if i)
-    assert average is not None and float(average) == pytest.approx(expected, rel=1e-12)
+    assert average is not None
+    assert float(average) == pytest.approx(expected, rel=1e-12)
     assert float(next_average(average, torch.tensor(math.inf), 0.8)) == float(average)
     assert float(next_average(torch.tensor(math.nan), torch.tensor(2.0), 0.8)) == 2.0
 
@@ -150,9 +151,12 @@ def test_momentum_that_is_not_finite_moves_nothing(bad: float) -> None:
     b, a, m_b, m_a = factors(5, 4, 2)
     m_a[0, 0] = bad
     left, right, finite = mgpo_factors(b, a, m_b, m_a, 1.0, MGPO(), None)
-    assert not bool(finite) and not left.any() and not right.any()
+    assert not bool(finite)
+    assert not left.any()
+    assert not right.any()
     left, right, finite = mgpo_factors(b, a, 0 * m_b, 0 * b.T @ b @ a, 1.0, MGPO(), None)
-    assert bool(finite) and not left.any()
+    assert bool(finite)
+    assert not left.any()
 
 
 # -- statistics of GGPO --------------------------------------------------------------------------------------------
@@ -187,7 +191,8 @@ def test_noise_comes_from_its_seed_alone() -> None:
     assert not torch.equal(first, draw(4, 5, 7, torch.float32, torch.device("cpu")))
     assert torch.equal(before, torch.random.get_rng_state())
     seeds = {layer_seed(run, step, name) for run in range(3) for step in range(3) for name in ("q", "k")}
-    assert len(seeds) == 18 and all(0 <= seed < 2**63 for seed in seeds)
+    assert len(seeds) == 18
+    assert all(0 <= seed < 2**63 for seed in seeds)
 
 
 def test_noise_of_a_layer_has_the_merged_rows() -> None:
@@ -209,7 +214,8 @@ def test_the_ramp() -> None:
     assert [rule.sigma_at(t) for t in range(11)] == pytest.approx(
         [0.05 * (1 - math.cos(math.pi * t / 10)) / 2 for t in range(11)]
     )
-    assert rule.sigma_at(0) == 0 and rule.sigma_at(99) == 0.05
+    assert rule.sigma_at(0) == 0
+    assert rule.sigma_at(99) == 0.05
     assert GGPO(0.05).sigma_at(0) == 0.05
     flat = FlatLoRACallback()
     assert (flat.rule.sigma, flat.rule.beta, flat.rule.ramp) == (0.05, 0.0, "cosine")
@@ -249,8 +255,10 @@ def curve(seed: int, bump: float, steps: int = 400, noise: float = 0.05) -> list
 def test_double_descent_is_found_where_it_is() -> None:
     for seed in range(20):
         report = double_descent_report(curve(seed, bump=0.3))
-        assert report.found and report.rise > report.band
-        assert 120 < report.trough < 180 and 185 < report.peak < 215
+        assert report.found
+        assert report.rise > report.band
+        assert 120 < report.trough < 180
+        assert 185 < report.peak < 215
         assert report.summary()["double_descent"] == 1.0
 
 

@@ -16,7 +16,7 @@ from gnomon.adapters import GGPO, MGPO, Perturbation, perturbed, sharpness
 from gnomon.adapters.lora_ggpo.layers import layer_seed
 from gnomon.common.lora import lora_pairs
 from gnomon.common.models import tiny
-from gnomon.errors import GnomonWarning, MethodError, ModelError
+from gnomon.errors import GnomonWarning, MethodError
 
 RULES = {"ggpo": GGPO(0.2, 0.5), "mgpo": MGPO(0.3, 0.8), "flat": GGPO(0.2, 0.0, "cosine", 4)}
 
@@ -103,7 +103,8 @@ def by_hand(model: Any, rule: Any, steps: int = 4) -> list[float]:
         loss.backward()
         for pair in pairs:
             pair.weight.data.copy_(kept[pair.name])
-            assert pair.a.grad is not None and pair.b.grad is not None
+            assert pair.a.grad is not None
+            assert pair.b.grad is not None
             slope = pair.scaling * (pair.b.detach() @ pair.a.grad + pair.b.grad @ pair.a.detach())
             rows[pair.name] = slope.square().sum(1)
             old = average.get(pair.name)
@@ -187,7 +188,8 @@ def test_restored_after_an_exception(rule: str, backend: Any) -> None:
     assert float(loss_of(model)) == plain
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
     kept = perturbed(model, optimizer, RULES[rule], backend=backend)
-    assert kept.steps == 2 and all(torch.equal(v, memory[k]) for k, v in kept.memory.items())
+    assert kept.steps == 2
+    assert all(torch.equal(v, memory[k]) for k, v in kept.memory.items())
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -265,7 +267,8 @@ def test_clipping_after_the_context_does_not_change_the_measured_norms() -> None
         torch.nn.utils.clip_grad_norm_(each.parameters(), clip)
         optimizer.step()
         kept.append(perturbation.memory)
-    assert kept[0].keys() == kept[1].keys() and len(kept[0]) == 14
+    assert kept[0].keys() == kept[1].keys()
+    assert len(kept[0]) == 14
     assert all(float(kept[0][name]) == float(kept[1][name]) > 0 for name in kept[0])
 
 
@@ -280,7 +283,8 @@ def test_grad_scaler_gradients_are_unscaled_and_skipped_steps_do_not_count() -> 
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
-        assert perturbation.steps == step and len(perturbation.memory) == 14 * step
+        assert perturbation.steps == step
+        assert len(perturbation.memory) == 14 * step
     expected = perturbed(other, reference, MGPO(), backend="functional").memory
     for name, value in perturbation.memory.items():
         torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=0)
@@ -319,7 +323,7 @@ def test_momentum_of_bitsandbytes(bits: int) -> None:
     kind = bnb.optim.AdamW8bit if bits == 8 else bnb.optim.AdamW
     optimizer = kind([p for p in model.parameters() if p.requires_grad], lr=0.01)
     for p in optimizer.param_groups[0]["params"][:2]:
-        optimizer.state[p]  # noqa: B018 (the state must start empty for each)
+        optimizer.state[p]
     train(model, MGPO(), "functional", steps=3, optimizer=optimizer)
     from gnomon.adapters.lora_ggpo.momentum import momentum
 
@@ -414,7 +418,8 @@ def test_sharpness_is_the_mean_rise() -> None:
         losses.append(float(loss_of(moved)))
     assert found.loss == float(loss_of(model.train()))
     assert found.perturbed == pytest.approx(sum(losses) / 6, rel=1e-9)
-    assert found.increase == pytest.approx(found.perturbed - found.loss) and found.standard_error > 0
+    assert found.increase == pytest.approx(found.perturbed - found.loss)
+    assert found.standard_error > 0
     assert found.summary()["sharpness"] == found.increase
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
     assert [m.training for m in model.modules()] == training
@@ -439,5 +444,6 @@ def test_momentum_that_is_not_finite_is_counted_and_said_once() -> None:
             optimizer.step()
             optimizer.zero_grad()
     ours = [w for w in caught if issubclass(w.category, GnomonWarning)]
-    assert len(ours) == 1 and "the momentum of 1 layers is not finite" in str(ours[0].message)
+    assert len(ours) == 1
+    assert "the momentum of 1 layers is not finite" in str(ours[0].message)
     assert perturbation.skipped == 2

@@ -115,7 +115,8 @@ def test_the_trainer_is_the_bare_loop(rule: str, backend: str, tmp_path: Path) -
     for name, value in factors(model).items():
         torch.testing.assert_close(dict(other.named_parameters())[name].data, value, atol=2e-5, rtol=1e-4)
     ours = callback.perturbation
-    assert ours.steps == perturbation.steps == 4 and ours.memory.keys() == perturbation.memory.keys()
+    assert ours.steps == perturbation.steps == 4
+    assert ours.memory.keys() == perturbation.memory.keys()
     for name, norm in ours.memory.items():
         torch.testing.assert_close(norm, perturbation.memory[name], rtol=1e-3, atol=0)
 
@@ -125,7 +126,14 @@ def test_evaluation_sees_the_weights_as_they_are(rule: str, tmp_path: Path) -> N
     """A model evaluated while training is the one that an untouched copy of its weights is."""
     model = lora()
     run = trainer(
-        tmp_path, MAKE[rule](), model, max_steps=3, save_strategy="steps", save_steps=2, eval_strategy="steps", eval_steps=2
+        tmp_path,
+        MAKE[rule](),
+        model,
+        max_steps=3,
+        save_strategy="steps",
+        save_steps=2,
+        eval_strategy="steps",
+        eval_steps=2,
     )
     run.train()
     logged = next(e["eval_loss"] for e in run.state.log_history if e.get("step") == 2 and "eval_loss" in e)
@@ -186,7 +194,8 @@ def test_logs_and_mu(tmp_path: Path) -> None:
     run.train()
     entries = [e for e in run.state.log_history if "loss" in e]
     assert all(e["mgpo_gradient_norm"] > 0 and e["mgpo_skipped"] == 0 for e in entries)
-    assert run.optimizer is not None and run.optimizer.param_groups[0]["betas"][0] == 0.7
+    assert run.optimizer is not None
+    assert run.optimizer.param_groups[0]["betas"][0] == 0.7
     flat = trainer(tmp_path, FlatLoRACallback(0.05), max_steps=3)
     flat.train()
     sigmas = [e["ggpo_sigma"] for e in flat.state.log_history if "loss" in e]
@@ -227,9 +236,12 @@ def test_an_interrupted_step_is_closed_by_the_next_training(tmp_path: Path) -> N
     with pytest.raises(RuntimeError, match="in backward"):
         run.train()
     handle.remove()
-    assert callback.perturbation is not None and callback.perturbation.is_open
+    assert callback.perturbation is not None
+    assert callback.perturbation.is_open
     second = trainer(tmp_path, GGPOCallback(), model, max_steps=1)
-    with pytest.raises(MethodError, match=r"another perturbation of .* is open. Use one at a time, and call its close\(\)"):
+    with pytest.raises(
+        MethodError, match=r"another perturbation of .* is open. Use one at a time, and call its close\(\)"
+    ):
         second.train()
     callback.close()
     trainer(tmp_path, callback, model, max_steps=1).train()
@@ -286,7 +298,9 @@ def test_several_active_adapters_are_refused() -> None:
 
 def test_a_quantised_base_is_refused_by_the_weight_backend_alone() -> None:
     model = quantised()
-    with pytest.raises(ModelError, match=r"backend = 'weight' cannot be used at .*up_proj: its base weight is quantised"):
+    with pytest.raises(
+        ModelError, match=r"backend = 'weight' cannot be used at .*up_proj: its base weight is quantised"
+    ):
         Perturbation(model, adamw(model), GGPO(), backend="weight")
     perturbation = Perturbation(model, adamw(model), GGPO())
     assert perturbation._backend_of(perturbation.pairs[0]) == "functional"
@@ -357,5 +371,6 @@ def test_deepspeed_is_refused(tmp_path: Path) -> None:
 
 def test_the_card() -> None:
     assert catalog.load("lora-ggpo") is GGPOCallback
-    assert catalog.load("mgpo") is MGPOCallback and catalog.load("flat-lora") is FlatLoRACallback
+    assert catalog.load("mgpo") is MGPOCallback
+    assert catalog.load("flat-lora") is FlatLoRACallback
     assert catalog.get("lora-ggpo").plugs == catalog.get("mgpo").plugs == "callback"

@@ -97,8 +97,8 @@ def test_randomised_factors_are_nearly_as_good_and_the_authors_a_little_less() -
         captured(dW, f)
         for f in (update_factors(dW, 12), update_factors(dW, 12, method="randomized"), authors_factors(dW.float(), 12))
     )
-    assert exact - 1e-3 < ours <= exact + 1e-12
-    assert exact - 5e-3 < authors < exact + 1e-3
+    assert exact - 0.006 < ours <= exact + 1e-12  # the spectrum of a sign matrix is flat
+    assert exact - 0.012 < authors < exact
 
 
 def test_the_gradient_of_r_is_the_projection() -> None:
@@ -107,7 +107,7 @@ def test_the_gradient_of_r_is_the_projection() -> None:
     layer = linear(factors, W)
     layer(x).backward(gy)
     G = gy.T @ x
-    A, B, R = (t.detach() for t in layer.tensors("default"))
+    A, B, _ = (t.detach() for t in layer.tensors("default"))
     gR = layer.lorasb_R["default"].grad
     torch.testing.assert_close(gR, B.T @ G @ A.T)
     torch.testing.assert_close(B @ gR @ A, (B @ B.T) @ G @ (A.T @ A))
@@ -224,7 +224,7 @@ def test_options_that_are_refused(options: dict[str, Any], message: str) -> None
 
 
 def test_matrices_that_are_refused() -> None:
-    with pytest.raises(MethodError, match="r = 6 for a weight of 5 x 7. Allowed: 1 to 5"):
+    with pytest.raises(MethodError, match=r"r = 6 for a weight of 5 x 7. Allowed: 1 to 5"):
         update_factors(gaussian(5, 7), 6)
     with pytest.raises(MethodError, match="svd = 'fast'"):
         update_factors(gaussian(5, 7), 2, method="fast")  # type: ignore[arg-type]
@@ -232,5 +232,5 @@ def test_matrices_that_are_refused() -> None:
     layer = linear(good, gaussian(5, 7))
     with pytest.raises(MethodError, match=r"layer: A is to be finite and \(2, 7\), but has the shape \(2, 6\)"):
         layer.fill("default", good._replace(A=good.A[:, :6]))
-    with pytest.raises(MethodError, match="R is to be finite.* holds NaN"):
+    with pytest.raises(MethodError, match=r"R is to be finite.* holds NaN"):
         layer.fill("default", good._replace(R=good.R * float("nan")))

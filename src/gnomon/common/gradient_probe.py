@@ -292,8 +292,8 @@ def _over_ranks(name: str, layer: nn.Module, buffer: Tensor | None) -> Tensor | 
         dist.all_reduce(gradient)
     if bool(gradient.isnan().any()):
         raise MethodError(
-            f"the gradient of {name} holds NaN. Probe in bfloat16 or float32 (float16 overflows), and look for rows "
-            "without a single label."
+            f"the gradient of {name} holds NaN. Probe in bfloat16 or float32 (float16 overflows), and look at the "
+            "loss of every batch."
         )
     return gradient.T if isinstance(layer, Conv1D) else gradient
 

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
-from unittest import mock
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -94,8 +93,12 @@ def attend_with(model: nn.Module, attend: Callable[[str, Attend, tuple[Any, ...]
 
         return call
 
-    with _patching, mock.patch.object(AttentionInterface, "get_interface", lookup):
-        yield
+    with _patching:
+        AttentionInterface.get_interface = lookup
+        try:
+            yield
+        finally:
+            AttentionInterface.get_interface = original_lookup
 
 
 @contextmanager

@@ -94,6 +94,8 @@ callback). What works on `LoraLayer` factors (A and B) does not see the gate bet
 - Randomness comes from `seed` and the module's path.
 """
 
+from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING as _PREFIXES
+
 from gnomon.adapters._peft import register as _register
 from gnomon.adapters.sora.apply import apply_sora, sora_callback
 from gnomon.adapters.sora.callback import SoRACallback
@@ -104,7 +106,8 @@ from gnomon.adapters.sora.pruning import SoRASummary, prune_sora, repack_sora, s
 from gnomon.adapters.sora.schedule import SparsifyingSchedule
 from gnomon.adapters.sora.tuner import SoRALinear, SoRAModel
 
-_register("sora", SoRAConfig, SoRAModel)
+# A, B and the gate are named as PEFT's LoRA names its own, as AdaLoRA's are; transformers' load_adapter goes by this.
+_PREFIXES[_register("sora", SoRAConfig, SoRAModel)] = "lora_"
 
 __all__ = [
     "SoRACallback",

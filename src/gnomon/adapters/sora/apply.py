@@ -55,9 +55,10 @@ def apply_sora(
     --------
     >>> from gnomon.common.models import tiny
     >>> model = apply_sora(tiny("llama"), r=4)
-    >>> sum(p.numel() for name, p in model.named_parameters() if "sora_gate" in name)
+    >>> sum(p.numel() for name, p in model.named_parameters() if "lora_gate" in name)
     16
     """
+    task: str | None
     if type(model).__name__.endswith("ForSequenceClassification"):
         task = "SEQ_CLS"  # PEFT then trains and saves the head
     else:

@@ -63,13 +63,13 @@ class GateStep:
         self.count = sum(layer.r[self.adapter] for layer in self.layers.values())
         self.penalised = False
         self._factor = 1.0
-        self._groups: dict[int, dict[str, Any]] = {}
+        self._groups: dict[int, int] = {}  # id of a parameter -> number of its group: loading a state makes new groups
         self._steps = 0
         self._warned = False
 
     def gates(self) -> list[nn.Parameter]:
         """Return the gates that are trained, read anew: wrappers replace parameters."""
-        found = [layer.sora_gate[self.adapter] for layer in self.layers.values()]
+        found = [layer.lora_gate[self.adapter] for layer in self.layers.values()]
         return [gate for gate in found if gate.requires_grad]
 
     def check(self, optimizer: Optimizer) -> None:
@@ -80,18 +80,18 @@ class GateStep:
         MethodError
             When a gate is in none, or the rate that `gate_lr` refers to is 0.
         """
-        self._groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+        self._groups = {id(p): number for number, group in enumerate(optimizer.param_groups) for p in group["params"]}
         missing = [
             key
             for key, layer in self.layers.items()
-            if layer.sora_gate[self.adapter].requires_grad and id(layer.sora_gate[self.adapter]) not in self._groups
+            if layer.lora_gate[self.adapter].requires_grad and id(layer.lora_gate[self.adapter]) not in self._groups
         ]
         if missing:
             raise MethodError(
                 f"the gate of {missing[0]} and {len(missing) - 1} further ones are in no parameter group of the "
                 "optimizer. Give it every parameter with requires_grad; the gates are kept from its own update."
             )
-        rates = {_rate(self._groups[id(gate)], initial=True) for gate in self.gates()}
+        rates = {_rate(optimizer.param_groups[self._groups[id(gate)]], initial=True) for gate in self.gates()}
         if self.gate_lr is not None:
             if len(rates) != 1 or 0.0 in rates:
                 raise MethodError(
@@ -137,7 +137,8 @@ class GateStep:
         taken = []
         for gate in gates:
             if gate.grad is not None:
-                taken.append(_Taken(gate, gate.grad if scale is None else gate.grad / scale, self._groups[id(gate)]))
+                group = optimizer.param_groups[self._groups[id(gate)]]
+                taken.append(_Taken(gate, gate.grad if scale is None else gate.grad / scale, group))
                 gate.grad = None
         return taken
 

@@ -37,7 +37,7 @@ def sora_ranks(model: nn.Module, adapter: str | None = None) -> dict[str, int]:
         Path in the base model -> rank.
     """
     name, layers = sora_layers(model, adapter)
-    return {key: int((_whole(layer.sora_gate[name]) != 0).sum()) for key, layer in layers.items()}
+    return {key: int((_whole(layer.lora_gate[name]) != 0).sum()) for key, layer in layers.items()}
 
 
 @dataclass(frozen=True)
@@ -89,9 +89,9 @@ def sora_summary(model: nn.Module, adapter: str | None = None) -> SoRASummary:
     ranks = sora_ranks(model, name)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     zero = sum(
-        (layer.sora_gate[name].numel() - ranks[key]) * (layer.in_features + layer.out_features)
+        (layer.lora_gate[name].numel() - ranks[key]) * (layer.in_features + layer.out_features)
         for key, layer in layers.items()
-        if layer.sora_gate[name].requires_grad
+        if layer.lora_gate[name].requires_grad
     )
     return SoRASummary(sum(ranks.values()), sum(layer.r[name] for layer in layers.values()), trained - zero, ranks)
 
@@ -289,14 +289,14 @@ def repack_sora(
             "one process, or prune after training."
         )
     for layer in layers.values():
-        zero_for = optimizer.state.get(layer.sora_gate[name], {}).get("zero_for")
+        zero_for = optimizer.state.get(layer.lora_gate[name], {}).get("zero_for")
         if zero_for is None:
             continue
         kept = zero_for < after
         if not bool(kept.all()):
             _cut_state(optimizer, layer, name, kept)
             layer.resize(name, kept)
-    return {key: layer.sora_gate[name].numel() for key, layer in layers.items()}
+    return {key: layer.lora_gate[name].numel() for key, layer in layers.items()}
 
 
 def _cut_state(optimizer: Optimizer, layer: SoRALinear, adapter: str, kept: Tensor) -> None:

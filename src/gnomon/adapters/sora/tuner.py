@@ -40,7 +40,7 @@ def _generator(seed: int, key: str) -> torch.Generator:
 class SoRALinear(LinearAdapter, LoraLayer):
     """A linear layer with W + lora_alpha / r B diag(g) A; A, B, dropout and scale are those of PEFT's LoRA."""
 
-    adapter_layer_names = (*LoraLayer.adapter_layer_names, "sora_gate")
+    adapter_layer_names = (*LoraLayer.adapter_layer_names, "lora_gate")
     other_param_names = LoraLayer.other_param_names
 
     if TYPE_CHECKING:  # PEFT carries no types
@@ -49,18 +49,18 @@ class SoRALinear(LinearAdapter, LoraLayer):
         lora_dropout: Any
         r: dict[str, int]
         scaling: dict[str, float]
-        sora_gate: Any
+        lora_gate: Any
 
     def make_containers(self) -> None:
         """Make the containers of LoRA and that of the gates."""
         LoraLayer.__init__(self, self.base_layer)
-        self.sora_gate = nn.ParameterDict()
+        self.lora_gate = nn.ParameterDict()
 
     def add(self, adapter_name: str, config: SoRAConfig) -> None:
         """Make A, B and the gate of one adapter."""
         generator = _generator(config.seed, self.key)
         given = torch.randn(config.r, generator=generator) if config.gate_init == "normal" else torch.ones(config.r)
-        self.sora_gate[adapter_name] = nn.Parameter(given)
+        self.lora_gate[adapter_name] = nn.Parameter(given)
         lora = LoraConfig(r=config.r, lora_alpha=config.lora_alpha, lora_dropout=config.lora_dropout)
         with torch.random.fork_rng(devices=[]):  # PEFT draws from the global generator
             LoraLayer.update_layer(self, adapter_name, config.r, lora_alpha=config.lora_alpha, config=lora)
@@ -73,7 +73,7 @@ class SoRALinear(LinearAdapter, LoraLayer):
 
     def factors(self, adapter_name: str) -> tuple[nn.Parameter, nn.Parameter, nn.Parameter]:
         """Return A (r, in), the gate (r,) and B (out, r) of one adapter."""
-        return self.lora_A[adapter_name].weight, self.sora_gate[adapter_name], self.lora_B[adapter_name].weight
+        return self.lora_A[adapter_name].weight, self.lora_gate[adapter_name], self.lora_B[adapter_name].weight
 
     def delta(self, adapter_name: str) -> Tensor:
         """Return lora_alpha / r B diag(g) A, (out, in)."""
@@ -84,7 +84,7 @@ class SoRALinear(LinearAdapter, LoraLayer):
         """Return lora_alpha / r ((drop(x) A^T) * g) B^T."""
         down, up = self.lora_A[adapter_name], self.lora_B[adapter_name]
         h = down(self.lora_dropout[adapter_name](self._cast_input_dtype(x, down.weight.dtype)))
-        gate = self.sora_gate[adapter_name] * self.scaling[adapter_name]
+        gate = self.lora_gate[adapter_name] * self.scaling[adapter_name]
         out: Tensor = up((h * gate).to(h.dtype))  # under autocast h has fewer bits than the gate
         return out
 
@@ -114,10 +114,10 @@ class SoRAModel(LinearTuner):
     ) -> dict[str, Tensor]:
         state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         for name, layer in model.named_modules():  # a file saved after re-packing holds fewer ranks
-            stored = state_dict.get(f"{name}.sora_gate.{adapter_name}")
+            stored = state_dict.get(f"{name}.lora_gate.{adapter_name}")
             if not isinstance(layer, SoRALinear) or stored is None:
                 continue
-            if stored.numel() < layer.sora_gate[adapter_name].numel():
+            if stored.numel() < layer.lora_gate[adapter_name].numel():
                 layer.resize(adapter_name, stored.numel())
         return state_dict
 
@@ -154,6 +154,6 @@ def sora_layers(model: nn.Module, adapter: str | None = None) -> tuple[str, dict
         adapter = active[0]
     found = {layer.key: layer for layer in layers if layer.has(adapter)}
     if not found:
-        known = sorted({name for layer in layers for name in layer.sora_gate})
+        known = sorted({name for layer in layers for name in layer.lora_gate})
         raise MethodError(f"there is no SoRA adapter {adapter!r}. {nearest(adapter, known, noun='adapter')}")
     return adapter, found

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import math
-from typing import Any
-
-import torch
-from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from gnomon.common.projected_groups import check_hyperparameters
-from gnomon.common.projected_optimizer import ProjectedOptimizer
+from gnomon.common.projected_adam import ProjectedAdam
 
 __all__ = ["GaLoreAdamW"]
 
 
-class GaLoreAdamW(ProjectedOptimizer):
+class GaLoreAdamW(ProjectedAdam):
     """AdamW whose groups with a ``rank`` keep their moments in a projection of the gradient (GaLore, ICML 2024).
 
     The arithmetic is that of the Hugging Face AdamW GaLore was released with: eps is added before the bias
@@ -82,25 +76,3 @@ class GaLoreAdamW(ProjectedOptimizer):
             "seed": seed,
         }
         super().__init__(params, defaults)
-
-    def _check_group(self, group: dict[str, Any]) -> None:
-        keys = ("lr", "betas", "eps", "weight_decay", "bits")
-        check_hyperparameters(**{key: group[key] for key in keys})
-        super()._check_group(group)
-
-    def _moments(self, group: dict[str, Any]) -> dict[str, bool]:
-        return {"exp_avg": True, "exp_avg_sq": False}
-
-    def _directions(self, group: dict[str, Any], moments: dict[str, list[Tensor]], grads: list[Tensor]) -> list[Tensor]:
-        m, v = moments["exp_avg"], moments["exp_avg_sq"]
-        beta1, beta2 = group["betas"]
-        torch._foreach_lerp_(m, grads, 1 - beta1)
-        torch._foreach_mul_(v, beta2)
-        torch._foreach_addcmul_(v, grads, grads, value=1 - beta2)
-        roots = list(torch._foreach_sqrt(v))
-        torch._foreach_add_(roots, group["eps"])
-        return [torch.div(a, b, out=b) for a, b in zip(m, roots, strict=True)]
-
-    def _step_size(self, group: dict[str, Any], step: int) -> float:
-        lr, (beta1, beta2) = float(group["lr"]), group["betas"]
-        return lr * math.sqrt(1 - beta2**step) / (1 - beta1**step) if group["correct_bias"] else lr
