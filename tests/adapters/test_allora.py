@@ -93,7 +93,7 @@ def test_what_is_not_asked_for_is_not_computed() -> None:
 
 @given(st.integers(1, 9), st.integers(1, 9), st.integers(1, 5), st.floats(0.01, 20.0))
 def test_the_scales_are_those_of_the_dense_product(n: int, m: int, r: int, eta: float) -> None:
-    """To rounding: where the terms of a row of B A cancel, its norm by the Gram matrix is off by sqrt(eps) |B_i| |A|."""
+    """To rounding: where the terms of a row of B A cancel, its norm is off by up to sqrt(eps) |B_i| |A|."""
     a, b = randn(r, n, seed=n), randn(m, r, seed=m)
     norms = torch.linalg.vector_norm(b @ a, dim=1)
     for dtype in (torch.float64, torch.float32):

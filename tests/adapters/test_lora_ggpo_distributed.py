@@ -63,7 +63,8 @@ for rule in (MGPO(0.2, 0.8), GGPO(0.2, 0.5)):
     for kind in ("ddp", "ddp, weight", "fsdp2"):
         model = lora()
         run = sharded(model) if kind == "fsdp2" else torch.nn.parallel.DistributedDataParallel(model)
-        found = train(model, run, rule, "weight" if "weight" in kind else "auto" if kind == "fsdp2" else "functional", mine)
+        backend = {"ddp": "functional", "ddp, weight": "weight", "fsdp2": "auto"}[kind]
+        found = train(model, run, rule, backend, mine)
         assert found.steps == 4 and found.memory.keys() == expected.memory.keys(), kind
         for name, value in expected.memory.items():
             torch.testing.assert_close(found.memory[name], value, rtol=1e-4, atol=1e-9, msg=kind + name)

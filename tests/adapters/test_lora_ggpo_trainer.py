@@ -144,14 +144,14 @@ def test_evaluation_sees_the_weights_as_they_are(rule: str, tmp_path: Path) -> N
     assert logged == pytest.approx(expected, abs=1e-5)
 
 
-class Stop(Exception):
+class KilledError(Exception):
     """The run is killed."""
 
 
 class Cut(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == 4:
-            raise Stop
+            raise KilledError
 
 
 @pytest.mark.parametrize("rule", MAKE)
@@ -161,7 +161,7 @@ def test_a_cut_run_ends_where_the_whole_one_does(rule: str, tmp_path: Path) -> N
     whole.train()
     cut = trainer(tmp_path / "cut", MAKE[rule](), **options)
     cut.add_callback(Cut())
-    with pytest.raises(Stop):
+    with pytest.raises(KilledError):
         cut.train()
     checkpoint = tmp_path / "cut" / "checkpoint-3"
     resumed = trainer(tmp_path / "cut", MAKE[rule](), **options)
@@ -310,7 +310,7 @@ def test_merging_between_steps_is_refused() -> None:
     model = lora()
     perturbation = Perturbation(model, adamw(model), GGPO())
     model.merge_adapter()
-    with pytest.raises(ModelError, match="is merged into .* so there is nothing to train"):
+    with pytest.raises(ModelError, match=r"is merged into .* so there is nothing to train"):
         perturbation.open()
 
 
@@ -349,11 +349,11 @@ def test_optimizers_found_out_by_their_state() -> None:
         steps(adamw(model), lambda state: state.update(exp_avg=torch.zeros(2, 2)))
     with pytest.raises(MethodError, match="which is not understood"):
         steps(adamw(model), lambda state: state.update(exp_avg=torch.zeros(3, 16, dtype=torch.uint8)))
-    with pytest.raises(MethodError, match="mu = 1.5; it must be in"):
+    with pytest.raises(MethodError, match=r"mu = 1.5; it must be in"):
         MGPOCallback(mu=1.5)._rule(adamw(model), 1)
-    with pytest.raises(MethodError, match="Adagrad has neither betas nor momentum, so mu = 0.9 has no place"):
+    with pytest.raises(MethodError, match=r"Adagrad has neither betas nor momentum, so mu = 0.9 has no place"):
         MGPOCallback(mu=0.9)._rule(torch.optim.Adagrad([nn.Parameter(torch.zeros(1))]), 1)
-    with pytest.raises(MethodError, match="backend = 'fast'. Allowed: 'auto', 'weight', 'functional'"):
+    with pytest.raises(MethodError, match=r"backend = 'fast'. Allowed: 'auto', 'weight', 'functional'"):
         Perturbation(model, adamw(model), GGPO(), backend="fast")  # type: ignore[arg-type]
 
 
@@ -362,7 +362,7 @@ def test_deepspeed_is_refused(tmp_path: Path) -> None:
 
     model = lora()
     arguments = SimpleNamespace(deepspeed={"zero": 3})
-    with pytest.raises(ModelError, match="DeepSpeed keeps gradients and momenta to itself. Train with DDP or FSDP2"):
+    with pytest.raises(ModelError, match=r"DeepSpeed keeps gradients and momenta to itself. Train with DDP or FSDP2"):
         GGPOCallback().on_train_begin(arguments, None, None, model=model, optimizer=adamw(model))
     model.base_model.model.lm_head.weight.ds_id = 0
     with pytest.raises(ModelError, match="held by DeepSpeed ZeRO-3"):

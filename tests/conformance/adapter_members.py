@@ -52,17 +52,16 @@ NO_IDENTITY: dict[str, str] = {
 
 STUBBORN: dict[str, str] = {"nola:2-bits": "four values per vector follow a small step only now and then"}
 
-CODED: dict[str, str] = {
-    name: "transformers' own load_adapter takes tensors as they stand in the file"
-    for name in ("nola:2-bits", "lora-sb:sketch")
-}
+CODED: dict[str, str] = dict.fromkeys(
+    ("nola:2-bits", "lora-sb:sketch"), "transformers' own load_adapter takes tensors as they stand in the file"
+)
 
 SAVED_AS: dict[str, type] = {"allora": peft.LoraConfig}  # it is a rule of training; its file is a plain LoRA
 
-LARGER: dict[str, str] = {
-    name: "its fixed factors follow from the data, so they are saved beside what is trained"
-    for name in ("lora-sb", "lora-sb:whole", "lora-sb:sketch")
-}
+LARGER: dict[str, str] = dict.fromkeys(
+    ("lora-sb", "lora-sb:whole", "lora-sb:sketch"),
+    "its fixed factors follow from the data, so they are saved beside what is trained",
+)
 
 MADE_BY: dict[str, str] = {"lora-sb:xs": "gnomon.adapters.lora_sb:LoRAXSConfig"}  # not the entry of the card
 

@@ -28,16 +28,20 @@ BASELINES = [
 ]
 MEMBERS = [
     *[(slug, "adapter") for slug in ADAPTERS],
+    ("allora:update", "adapter"),
     *[(slug, "callback") for slug in CALLBACKS],
     *[(slug, "optimizer") for slug in OPTIMIZERS],
     *BASELINES,
 ]
 
-OPTIONS: dict[str, dict[str, Any]] = {"nola": {"num_basis_a": 16}}  # where the defaults do not fit 64 channels
+OPTIONS: dict[str, dict[str, Any]] = {  # where the defaults do not fit 64 channels, and further cases of a slug
+    "nola": {"num_basis_a": 16},
+    "allora:update": {"apply": "update"},
+}
 
 
 def options_of(slug: str, kind: str) -> dict[str, Any]:
-    taken = inspect.signature(call_of(slug, "train")).parameters
+    taken = inspect.signature(call_of(slug.partition(":")[0], "train")).parameters
     small: dict[str, Any] = {"r": 4, "target_modules": "all-linear"} if kind == "adapter" else {}
     if kind == "optimizer":
         small = {"rank": 4}
@@ -53,7 +57,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def recipe(slug: str, kind: str, text: Path) -> Any:
-    methods: list[Any] = [{"uses": slug, "with": options_of(slug, kind)}]
+    methods: list[Any] = [{"uses": slug.partition(":")[0], "with": options_of(slug, kind)}]
     if kind == "callback" and catalog.get(slug).pillar == "adapters":  # acts on a LoRA
         methods.insert(0, {"uses": "lora", "with": {"r": 4, "target_modules": "all-linear"}})
     return load_recipe(

@@ -44,7 +44,8 @@ def row_scales(b: Float[Tensor, "out r"], a: Float[Tensor, "r in"], eta: float) 
     Returns
     -------
     Tensor (out,)
-        float32, or float64; a constant for autograd.
+        float32, or float64; a constant for autograd. A row whose terms cancel has a norm off by up to
+        sqrt(eps) ||B_i|| ||A||.
 
     Examples
     --------

@@ -71,6 +71,11 @@ def block_linears(model: nn.Module) -> dict[str, nn.Module]:
 def check_model(model: nn.Module, budget: Budget) -> None:
     """Refuse a model that is quantised, still has frozen masks, is not finite, or has rows no pattern fits."""
     inner = unwrap(model)
+    if not block_linears(model):
+        raise ModelError(
+            f"this {type(inner).__name__} has no dense linear layers in its blocks, so there is nothing to prune. Fold "
+            "what replaced them first (gnomon.export_model writes the folded model)."
+        )
     if getattr(inner, "is_quantized", False) or getattr(getattr(inner, "config", None), "quantization_config", None):
         raise ModelError(
             f"This {family(model)!r} model is quantised. Pruning needs plain weights: load it without quantisation, or "

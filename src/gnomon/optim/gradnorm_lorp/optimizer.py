@@ -40,8 +40,8 @@ class GradNormLoRP(ProjectedAdam):
         DoRA need it) and ``fan_in_fan_out`` (false; true for weights stored as (in, out), so that the norm runs
         over the inputs). Groups without a ``rank`` get ordinary AdamW, except in the mode "authors".
     lr : float, default 1e-3
-        The authors fine-tune with 3e-5 and pre-train with 0.01. Mode "weightnorm" steps rows of norm 1 and needs
-        about three times the learning rate of the others. A tensor of one element is accepted too.
+        The authors fine-tune with 3e-5 and pre-train with 0.01. Mode "weightnorm" steps rows of norm 1, so its
+        learning rate is not interchangeable with the others'. A tensor of one element is accepted too.
     betas : (float, float), default (0.9, 0.999)
     eps : float, default 1e-6
         Added before the bias correction.
