@@ -24,6 +24,23 @@ class _Package(ModuleType):
         super().__setattr__(name, value)
 
 
+def lazy_names(names: Mapping[str, str]) -> Callable[[str], Any]:
+    """Return `__getattr__` for a module some of whose names are imported when they are first asked for.
+
+    Parameters
+    ----------
+    names : mapping of str to str
+        Attribute -> ``"module:attribute"``.
+    """
+
+    def getattribute(name: str) -> Any:
+        if name not in names:
+            raise AttributeError(name)
+        return catalog.resolve(names[name])
+
+    return getattribute
+
+
 def lazy_attributes(
     package: str, extra: Mapping[str, str] | None = None, submodules: Sequence[str] = ()
 ) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:

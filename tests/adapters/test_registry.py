@@ -101,3 +101,29 @@ def test_a_missing_dependency_of_one_method_leaves_the_others(monkeypatch: pytes
     monkeypatch.setattr(importlib, "import_module", failing)
     with pytest.warns(GnomonWarning, match="nola is not available to PEFT: No module named 'trl'"):
         _on_import.register_adapters()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "first",
+    [
+        "import gnomon.adapters.sora",
+        "import gnomon.adapters._peft",
+        "import gnomon.adapters.lora_ggpo",
+        "import gnomon.adapters; from transformers import Trainer",
+        "import gnomon.adapters; from transformers import TrainerCallback",
+        "from gnomon.adapters import ALLoRACallback",
+        "import peft; import gnomon.adapters",
+    ],
+)
+def test_whatever_is_imported_first_all_methods_are_known(first: str) -> None:
+    code = f"""
+import warnings
+from gnomon.errors import GnomonWarning
+warnings.simplefilter("error", GnomonWarning)
+{first}
+import peft, sys
+assert {{"NOLA", "SORA", "LORA_SB", "LORA_XS"}} <= {{member.value for member in peft.PeftType}}
+assert "gnomon.adapters.allora" in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

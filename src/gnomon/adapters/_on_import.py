@@ -18,6 +18,9 @@ from gnomon.errors import GnomonWarning
 __all__ = ["register_adapters", "when_imported"]
 
 
+_BASE = "gnomon.adapters._peft"
+
+
 def when_imported(package: str, action: Callable[[], None]) -> None:
     """Call `action` after `package` has been imported: at once if it has been, else at the end of its import.
 
@@ -71,6 +74,9 @@ def register_adapters() -> None:
 
     A method whose own optional dependency is missing is left out with a warning.
     """
+    base = sys.modules.get(_BASE)
+    if base is not None and not hasattr(base, "LinearTuner"):
+        return  # it imports PEFT itself, and calls this when what the methods need of it is there
     for card in catalog.methods(pillar="adapters", plugs="adapter"):
         module = card.entry.partition(":")[0]
         try:

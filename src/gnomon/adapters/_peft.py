@@ -39,6 +39,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from transformers.pytorch_utils import Conv1D
 
+from gnomon.adapters._on_import import register_adapters as _register_adapters
 from gnomon.errors import GnomonWarning, MethodError, ModelError
 
 __all__ = ["LinearAdapter", "LinearConfig", "LinearTuner", "attach", "register"]
@@ -380,3 +381,6 @@ class LinearTuner(BaseTuner):
                 f"{key} belongs to an nn.MultiheadAttention, which reads the weight past the layer, so an adapter "
                 "there would do nothing. Name other target_modules."
             )
+
+
+_register_adapters()  # where this module was imported before PEFT, the methods have been waiting for it

@@ -11,7 +11,7 @@ at the gradient is expected to gain nothing there; at the update it does not can
 scale 4 (arm ``lora-scale-4``) is better than both, so nothing here says that ALLoRA beats a scale that was tuned.
 
 Learning rates are 0.05 for SGD with momentum 0.9 and 0.005 for AdamW. Other rates of SGD were looked at on the first
-seed: the order in eta holds at 0.01 and 0.02, and not at 0.2, which is too much for it (eta 4 and 8 end above LoRA). The
+seed: the order in eta holds at 0.01 and 0.02, and not at 0.2, which is too much (eta 4 and 8 end above LoRA). The
 margins of the ladder of eta, 0.04, were chosen after the first seed, which had 0.07 and 0.06 on the names and 0.06 and
 0.05 on arithmetic; so was the factor 0.998, within which the rule at the gradient gains nothing under AdamW.
 """

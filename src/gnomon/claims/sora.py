@@ -6,9 +6,12 @@ layers, lr 0.005, the paper's proximal map); and a two-layer encoder, trained on
 sentences to classify (TREC and SST-2). With so few steps the thresholds are larger than the authors'.
 
 "Better than LoRA with 70 % of the parameters" does not show on text at this size: every gate that goes costs loss. What
-shows is the curve. On SST-2 the encoder of this size stays at chance with LoRA and SoRA alike (68 % when all weights
-are trained), so the classification claim is measured on both tasks and the relation is declared on TREC. The thresholds
-and margins were chosen after the first seed.
+shows is the curve. On SST-2 an encoder of this size stays at chance with LoRA and SoRA alike (69 % when all weights are
+trained), so TREC is measured beside it. The threshold 1e-3 keeps 77 to 81 % of the gates on TREC and 65 to 73 % on
+SST-2, 4e-3 keeps 33 to 43 % on TREC, where a few points of accuracy are lost.
+
+The thresholds and margins on text were chosen after the first seed, those of the classifiers after one run on SST-2
+with another learning rate; the margin of the sparse arm, 0.95, was set before any run on TREC and is missed.
 """
 
 from __future__ import annotations
@@ -140,7 +143,7 @@ _THRESHOLDS = {"sora": 1e-3, "sora-sparse": 4e-3}
     scales=("small", "medium"),
 )
 def accuracy_of_fewer(arm: str, seed: int, scale: str) -> float:
-    """With 70 % of its ranks and with fewer SoRA classifies as well as LoRA."""
+    """With about 70 to 80 % of its ranks, and with about 40 %, SoRA classifies as well as LoRA."""
     method = arm.removesuffix("-sst2")
     task: Literal["sst2", "trec"] = "sst2" if arm.endswith("-sst2") else "trec"
     return classify(task, _THRESHOLDS.get(method), seed, scale)[0]

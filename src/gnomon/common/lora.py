@@ -80,7 +80,8 @@ def lora_pairs(model: nn.Module, adapter: str | None = None) -> list[LoraPair]:
     Raises
     ------
     ModelError
-        When there is no LoRA at a linear layer, or the adapter is merged into the weights.
+        When there is no LoRA at a linear layer, the adapter is merged into the weights, or something stands between
+        its factors (SoRA's gates). LoRA variants such as DoRA are returned: their factors are not all they change.
     MethodError
         When several adapters are active and none is named, or the named one does not exist.
     """
@@ -106,6 +107,12 @@ def lora_pairs(model: nn.Module, adapter: str | None = None) -> list[LoraPair]:
     if not pairs:
         known = sorted({name for layer in layers.values() for name in layer.lora_A})
         raise MethodError(f"there is no LoRA adapter {adapter!r}. {nearest(adapter, known, noun='adapter')}")
+    gated = [pair.name for pair in pairs if hasattr(pair.layer, "lora_gate")]
+    if gated:
+        raise ModelError(
+            f"the adapter {adapter!r} has gates between A and B at {gated[0]}, so it is no plain LoRA. Prune it first "
+            "(gnomon.adapters.prune_sora)."
+        )
     merged = [pair.name for pair in pairs if adapter in pair.layer.merged_adapters]
     if merged:
         raise ModelError(

@@ -100,16 +100,21 @@ some ports do is another method: to take s once at the start, to rescale the gra
 changes dx), to take the square of the norm, or to scale by the rows of each factor.
 """
 
+from typing import TYPE_CHECKING as _TYPE_CHECKING
+
+from gnomon._lazy import lazy_names as _lazy_names
 from gnomon.adapters.allora.apply import apply_allora, train_as_allora
 from gnomon.adapters.allora.config import ALLoRAConfig
 from gnomon.adapters.allora.layer import ALLoRALinear, ALLoRAVariant
 from gnomon.adapters.allora.rule import allora_linear, row_scales
-from gnomon.adapters.allora.updates import (
-    ALLoRACallback,
-    ScaledUpdates,
-    allora_callback,
-    scale_allora_updates,
-    scaled_update,
+from gnomon.adapters.allora.updates import ScaledUpdates, scale_allora_updates, scaled_update
+
+if _TYPE_CHECKING:
+    from gnomon.adapters.allora.callback import ALLoRACallback, allora_callback
+
+# The Trainer is not imported with the package: transformers imports PEFT, and PEFT this, while it makes its Trainer.
+__getattr__ = _lazy_names(
+    {name: f"gnomon.adapters.allora.callback:{name}" for name in ("ALLoRACallback", "allora_callback")}
 )
 
 __all__ = [

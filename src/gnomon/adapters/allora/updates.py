@@ -9,12 +9,11 @@ import torch
 from jaxtyping import Float
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
-from transformers import TrainerCallback
 
 from gnomon.adapters.allora.layer import ALLoRAVariant
 from gnomon.errors import MethodError
 
-__all__ = ["ALLoRACallback", "ScaledUpdates", "allora_callback", "scale_allora_updates", "scaled_update"]
+__all__ = ["ScaledUpdates", "is_followed", "plain_optimizer", "scale_allora_updates", "scaled_update", "update_layers"]
 
 
 def scaled_update(
@@ -43,7 +42,7 @@ def scaled_update(
     return (start + scales.unsqueeze(1) * (after.to(scales.dtype) - start)).to(after.dtype)
 
 
-def _plain(optimizer: Any) -> torch.optim.Optimizer:
+def plain_optimizer(optimizer: Any) -> torch.optim.Optimizer:
     """The optimizer inside the wrappers that accelerate and others put around it."""
     while isinstance(getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
         optimizer = optimizer.optimizer
@@ -106,7 +105,7 @@ class ScaledUpdates:
             variant.attached = False
 
 
-def _update_layers(model: nn.Module) -> list[Any]:
+def update_layers(model: nn.Module) -> list[Any]:
     """The LoRA layers with an adapter whose updates are to be scaled."""
     return [
         module
@@ -116,7 +115,8 @@ def _update_layers(model: nn.Module) -> list[Any]:
     ]
 
 
-def _is_followed(optimizer: torch.optim.Optimizer) -> bool:
+def is_followed(optimizer: torch.optim.Optimizer) -> bool:
+    """Return whether an optimizer scales its updates already."""
     hooks = optimizer._optimizer_step_post_hooks.values()
     return any(isinstance(getattr(hook, "__self__", None), ScaledUpdates) for hook in hooks)
 
@@ -153,8 +153,8 @@ def scale_allora_updates(optimizer: Any, model: nn.Module) -> ScaledUpdates:
     >>> optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     >>> follower = scale_allora_updates(optimizer, model)
     """
-    plain = _plain(optimizer)
-    layers = _update_layers(model)
+    plain = plain_optimizer(optimizer)
+    layers = update_layers(model)
     if not layers:
         raise MethodError(
             "no adapter of the model has apply='update'. Attach one with ALLoRAConfig(apply='update'), or call "
@@ -173,45 +173,6 @@ def scale_allora_updates(optimizer: Any, model: nn.Module) -> ScaledUpdates:
             "of this model, after it was sharded; optimizers with copies of their own (DeepSpeed, FSDP1) cannot be "
             "followed."
         )
-    if _is_followed(plain):
+    if is_followed(plain):
         raise MethodError("the optimizer scales its updates already. Call remove() on what the first call returned.")
     return ScaledUpdates(plain, layers)
-
-
-class ALLoRACallback(TrainerCallback):
-    """Call `scale_allora_updates` on the Trainer's optimizer when training begins, and end it with the training.
-
-    It needs no state, so a resumed run goes on as an uninterrupted one does.
-
-    Examples
-    --------
-    >>> trainer = Trainer(model=model, args=arguments, train_dataset=rows, callbacks=[ALLoRACallback()])
-    """
-
-    def __init__(self) -> None:
-        self._followed: ScaledUpdates | None = None
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Follow the optimizer, unless it is followed already."""
-        if not _is_followed(_plain(kwargs["optimizer"])):
-            self._followed = scale_allora_updates(kwargs["optimizer"], kwargs["model"])
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Let the optimizer go."""
-        if self._followed is not None:
-            self._followed.remove()
-            self._followed = None
-
-
-def allora_callback(model: nn.Module) -> ALLoRACallback | None:
-    """Return what the Trainer needs for the adapters of a model: `ALLoRACallback`, or None in gradient mode.
-
-    Parameters
-    ----------
-    model : nn.Module
-
-    Returns
-    -------
-    ALLoRACallback or None
-    """
-    return ALLoRACallback() if _update_layers(model) else None

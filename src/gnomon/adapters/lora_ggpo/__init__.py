@@ -8,14 +8,14 @@ pass. Nothing else changes: what is trained, saved and loaded is a plain PEFT Lo
 
 For a layer W (m x n), factors B (m x r) and A (r x n), scale s, gradients g_A and g_B of the last step:
 
-- **GGPO** (version 1 of the paper): eps_ij ~ N(0, v_i) with
-  v_i = sigma^2 / n (||W'_i||^2 + beta ||G_i||^2), where G = s (B g_A + g_B A) stands for the gradient of W'. One draw an
-  optimizer step; the gradient flows to the input through eps, and eps itself is a constant.
+- **GGPO** (version 1 of the paper): eps_ij ~ N(0, v_i) with v_i = sigma^2 / n (||W'_i||^2 + beta ||G_i||^2), where G
+  = s (B g_A + g_B A) stands for the gradient of W'. One draw an optimizer step; the gradient flows to the input
+  through eps, and eps itself is a constant.
 - **Flat-LoRA**: GGPO with beta = 0 and sigma_t = sigma (1 - cos(pi t / T)) / 2.
-- **MGPO** (versions 2 and 3): with the optimizer's momenta m_A and m_B, v = s (m_B A + B m_A) and
-  eps = -rho c v / (||v|| + 1e-12), c = min(1 / (gbar + 1e-12), 10), where gbar is the moving average (beta) of ||G||;
-  c = 1 before there is an average, eps = 0 before there are momenta. The sign is the authors': a look along the descent
-  direction, where SAM would ascend; ``sign=1`` turns it round.
+- **MGPO** (versions 2 and 3): with the optimizer's momenta m_A and m_B, v = s (m_B A + B m_A) and eps = -rho c v /
+  (||v|| + 1e-12), c = min(1 / (gbar + 1e-12), 10), where gbar is the moving average (beta) of ||G||; c = 1 before
+  there is an average, eps = 0 before there are momenta. The sign is the authors': a look along the descent direction,
+  where SAM would ascend; ``sign=1`` turns it round.
 
 ## Use
 
@@ -36,10 +36,10 @@ torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
 optimizer.step()
 ```
 
-Published values: GGPO sigma 0.03, beta 0.01; Flat-LoRA sigma 0.05; MGPO rho 0.05, beta 0.9, beta1 of AdamW 0.9 (T5-base
-on GLUE) and rho 0.01, beta 0.8, beta1 0.8 (LLaMA-2-7B). rho acts after a division by the gradient norm, up to ten times
-larger, so it depends on the scale of the gradients; start at 0.01. All of them regularise: where a LoRA does not overfit,
-large values make it worse.
+Published values: GGPO sigma 0.03, beta 0.01; Flat-LoRA sigma 0.05; MGPO rho 0.05, beta 0.9, beta1 of AdamW 0.9
+(T5-base on GLUE) and rho 0.01, beta 0.8, beta1 0.8 (LLaMA-2-7B). rho acts after a division by the gradient norm, up
+to ten times larger, so it depends on the scale of the gradients; start at 0.01. All of them regularise: where a LoRA
+does not overfit, large values make it worse.
 
 `double_descent_report(losses)` says whether a training curve has the bump. `sharpness(model, loss)` says by how much a
 loss rises under noise on the merged weights.
@@ -50,8 +50,8 @@ Neither ever writes to W, so W is the same to the bit afterwards, also after an 
 
 - ``"weight"``: W + eps is made once a step and held beside W (memory of the adapted weights).
 - ``"functional"``: MGPO multiplies by its two thin factors, without a matrix of W's size. GGPO draws eps from a seed
-  inside a layer's forward pass, once more in its backward pass and in recomputation; one such matrix at a time. Works on
-  quantised bases, where eps gets a product of its own, and on weights sharded by FSDP2.
+  inside a layer's forward pass, once more in its backward pass and in recomputation; one such matrix at a time. Works
+  on quantised bases, where eps gets a product of its own, and on weights sharded by FSDP2.
 - ``"auto"`` (default): "functional" for quantised, sharded and 16-bit bases, else "weight".
 
 In bfloat16 the functional GGPO rounds W + eps as the layer rounds W: with sigma below about 0.005 the noise is lost.
@@ -66,20 +66,21 @@ in O((m + n) r^2).
 
 - Accumulation: one perturbation an optimizer step; norms come from the accumulated gradient, once a step.
 - Clipping: norms come from gradients before clipping. The callbacks read them at the end of the backward pass.
-- GradScaler: norms are unscaled (the Trainer's scaler is found; in a loop give ``scaler=``); skipped steps do not count.
+- GradScaler: norms are unscaled (the Trainer's scaler is found; in a loop give ``scaler=``); skipped steps do not
+  count.
 - Gradient checkpointing recomputes with the same eps.
 - DDP and FSDP2: the same eps on all ranks; ``per_rank=True`` draws GGPO's noise for each rank.
-- Optimizers for MGPO: any with `exp_avg` or `momentum_buffer` in the parameter's shape, and bitsandbytes in 8 or 32 bits.
-  Without momentum, or with a projected one (GaLore and the like), MGPO is refused.
-- Checkpoints of the Trainer hold the averaged norms, and a resumed run ends where an uninterrupted one does. Resume from
-  the run's own output folder.
+- Optimizers for MGPO: any with `exp_avg` or `momentum_buffer` in the parameter's shape, and bitsandbytes in 8 or 32
+  bits. Without momentum, or with a projected one (GaLore and the like), MGPO is refused.
+- Checkpoints of the Trainer hold the averaged norms, and a resumed run ends where an uninterrupted one does. Resume
+  from the run's own output folder.
 - Layers whose momentum is not finite are left as they are, counted, and reported once.
 
 ## Does not compose with
 
-DoRA and other variants of LoRA; several active adapters; merged adapters; DeepSpeed; FSDP 1; tensor parallelism; weights
-offloaded by accelerate (GGPO); a second perturbation at the same time. Embeddings and convolutions are not perturbed.
-Double backward.
+DoRA and other variants of LoRA; several active adapters; merged adapters; DeepSpeed; FSDP 1; tensor parallelism;
+weights offloaded by accelerate (GGPO); a second perturbation at the same time. Embeddings and convolutions are not
+perturbed. Double backward.
 
 ## Where it differs from the authors' code
 

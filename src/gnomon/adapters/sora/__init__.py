@@ -94,17 +94,25 @@ callback). What works on `LoraLayer` factors (A and B) does not see the gate bet
 - Randomness comes from `seed` and the module's path.
 """
 
+from typing import TYPE_CHECKING as _TYPE_CHECKING
+
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING as _PREFIXES
 
+from gnomon._lazy import lazy_names as _lazy_names
 from gnomon.adapters._peft import register as _register
-from gnomon.adapters.sora.apply import apply_sora, sora_callback
-from gnomon.adapters.sora.callback import SoRACallback
+from gnomon.adapters.sora.apply import apply_sora
 from gnomon.adapters.sora.config import SoRAConfig
 from gnomon.adapters.sora.optimizer import SoRAProximal
 from gnomon.adapters.sora.proximal import prox_authors, prox_soft
 from gnomon.adapters.sora.pruning import SoRASummary, prune_sora, repack_sora, sora_ranks, sora_summary
 from gnomon.adapters.sora.schedule import SparsifyingSchedule
 from gnomon.adapters.sora.tuner import SoRALinear, SoRAModel
+
+if _TYPE_CHECKING:
+    from gnomon.adapters.sora.callback import SoRACallback, sora_callback
+
+# The Trainer is not imported with the package: transformers imports PEFT, and PEFT this, while it makes its Trainer.
+__getattr__ = _lazy_names({name: f"gnomon.adapters.sora.callback:{name}" for name in ("SoRACallback", "sora_callback")})
 
 # A, B and the gate are named as PEFT's LoRA names its own, as AdaLoRA's are; transformers' load_adapter goes by this.
 _PREFIXES[_register("sora", SoRAConfig, SoRAModel)] = "lora_"

@@ -1,20 +1,16 @@
-"""The plain functions by which recipes attach a SoRA adapter and train its gates."""
+"""The plain function by which recipes attach a SoRA adapter."""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 from peft import PeftModel
-from torch import nn
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import PreTrainedModel
 
 from gnomon.adapters._peft import attach
-from gnomon.adapters.sora.callback import SoRACallback
 from gnomon.adapters.sora.config import SoRAConfig
-from gnomon.adapters.sora.schedule import SparsifyingSchedule
-from gnomon.adapters.sora.tuner import sora_layers
 
-__all__ = ["apply_sora", "sora_callback"]
+__all__ = ["apply_sora"]
 
 
 def apply_sora(
@@ -74,56 +70,3 @@ def apply_sora(
         task_type=task,
     )
     return attach(model, config)
-
-
-def sora_callback(
-    model: nn.Module,
-    xi: float = 3e-4,
-    lambda1: float = 1e-3,
-    *,
-    prox: Literal["soft", "authors"] = "soft",
-    xi_times_lr: bool = False,
-    gate_lr: float | None = None,
-    xi_end: float | None = None,
-    stages: int = 7,
-    spacing: Literal["linear", "log_linear", "exp_linear"] = "linear",
-    first: float = 50.0,
-    further: float = 15.0,
-    repack_after: int | None = None,
-) -> TrainerCallback:
-    """Return the callback that a recipe's train stage needs beside `apply_sora`.
-
-    Parameters
-    ----------
-    model : PeftModel
-        With a SoRA adapter.
-    xi, lambda1, prox, xi_times_lr, gate_lr, repack_after
-        As in `SoRACallback`.
-    xi_end : float, optional
-        With it the threshold rises from `xi` to `xi_end` over the run; default it stays.
-    stages : int, default 7
-        Thresholds, the first included (authors' script: 7).
-    spacing : {"linear", "log_linear", "exp_linear"}, default "linear"
-    first, further : float, default 50 and 15
-        How long the first and each further stage lasts, relative to each other (authors' script: epochs).
-
-    Raises
-    ------
-    MethodError
-        When an option is not allowed.
-    ModelError
-        When the model has no SoRA layers.
-    """
-    sora_layers(model)
-    schedule: Any = None
-    if xi_end is not None:
-        schedule = SparsifyingSchedule.spaced(xi, xi_end, stages, spacing, first=first, further=further)
-    return SoRACallback(
-        xi,
-        lambda1,
-        prox=prox,
-        xi_times_lr=xi_times_lr,
-        gate_lr=gate_lr,
-        schedule=schedule,
-        repack_after=repack_after,
-    )

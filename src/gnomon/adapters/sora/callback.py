@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
@@ -18,10 +18,11 @@ from gnomon.adapters.sora.optimizer import SoRAProximal
 from gnomon.adapters.sora.proximal import Prox, check_options
 from gnomon.adapters.sora.pruning import repack_sora, sora_summary
 from gnomon.adapters.sora.schedule import SparsifyingSchedule, Stage
+from gnomon.adapters.sora.tuner import sora_layers
 from gnomon.common.trainer_logs import add_to_logs
 from gnomon.errors import MethodError, ModelError, NoEffectWarning
 
-__all__ = ["SoRACallback"]
+__all__ = ["SoRACallback", "sora_callback"]
 
 _STAGE = "sora_stage"
 
@@ -194,3 +195,56 @@ def _inner(optimizer: Any) -> Optimizer:
             "Train SoRA without DeepSpeed and layer-wise optimizers."
         )
     return found
+
+
+def sora_callback(
+    model: nn.Module,
+    xi: float = 3e-4,
+    lambda1: float = 1e-3,
+    *,
+    prox: Literal["soft", "authors"] = "soft",
+    xi_times_lr: bool = False,
+    gate_lr: float | None = None,
+    xi_end: float | None = None,
+    stages: int = 7,
+    spacing: Literal["linear", "log_linear", "exp_linear"] = "linear",
+    first: float = 50.0,
+    further: float = 15.0,
+    repack_after: int | None = None,
+) -> TrainerCallback:
+    """Return the callback that a recipe's train stage needs beside `apply_sora`.
+
+    Parameters
+    ----------
+    model : PeftModel
+        With a SoRA adapter.
+    xi, lambda1, prox, xi_times_lr, gate_lr, repack_after
+        As in `SoRACallback`.
+    xi_end : float, optional
+        With it the threshold rises from `xi` to `xi_end` over the run; default it stays.
+    stages : int, default 7
+        Thresholds, the first included (authors' script: 7).
+    spacing : {"linear", "log_linear", "exp_linear"}, default "linear"
+    first, further : float, default 50 and 15
+        How long the first and each further stage lasts, relative to each other (authors' script: epochs).
+
+    Raises
+    ------
+    MethodError
+        When an option is not allowed.
+    ModelError
+        When the model has no SoRA layers.
+    """
+    sora_layers(model)
+    schedule: Any = None
+    if xi_end is not None:
+        schedule = SparsifyingSchedule.spaced(xi, xi_end, stages, spacing, first=first, further=further)
+    return SoRACallback(
+        xi,
+        lambda1,
+        prox=prox,
+        xi_times_lr=xi_times_lr,
+        gate_lr=gate_lr,
+        schedule=schedule,
+        repack_after=repack_after,
+    )

@@ -44,7 +44,8 @@ State of a matrix with a = min(m, n), b = max(m, n): projector a r, moments 2 b 
 products of 2 m n r operations, one pass that reads G and one that reads G and updates W: the residual is never
 formed, because its norm follows from those of G and R (see `gnomon.optim.fira.scaling`). Up to a smaller dimension
 of 512 the projector is the exact SVD; above, block power iteration warm-started from the old projector, ten times
-as fast. `bits=8` stores the moments in 8 bits (blocks of 256, dynamic map), without bitsandbytes.
+as fast. `bits=8` stores the moments in 8 bits (blocks of 256, dynamic map); bitsandbytes is not needed, its kernels
+are used where it is installed.
 
 **DDP**: ranks share the first rank's projector (one broadcast of a r numbers at a refresh). **FSDP2**: the gradient
 of a sharded weight is gathered on every rank (m n numbers of traffic and of temporary memory, one matrix at a

@@ -42,6 +42,7 @@ class GaLoreAdamW(ProjectedAdam):
 
     Examples
     --------
+    >>> import torch
     >>> layer = torch.nn.Linear(20, 12)
     >>> optimizer = GaLoreAdamW([{"params": [layer.weight], "rank": 4}, {"params": [layer.bias]}], lr=0.01)
     >>> layer(torch.ones(1, 20)).sum().backward()

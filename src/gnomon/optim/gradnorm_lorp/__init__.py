@@ -48,7 +48,9 @@ optimizer = GradNormLoRP(gradnorm_lorp_groups(adapted, rank=8), lr=1e-3)
 The authors fine-tune with rank 4 or 8, scale 4, gap 500, lr 3e-5, batch 16, 30 epochs, and pre-train with rank 128 or
 256, scale 0.25, gap 250, lr 0.01. **The learning rate of "weightnorm" is not GaLore's**: the rows it steps have norm 1
 where GaLore steps rows of the weight's own norm. Search it anew and compare at the best rate of each: trained from
-scratch on a small scale the best were 0.05 here and 0.1 for GaLore, and their losses were then equal. `optimizer.step_in_backward()` steps each weight as its gradient arrives and frees the gradient.
+scratch on a small scale the best were 0.05 here and 0.1 for GaLore, and their losses were then equal.
+
+`optimizer.step_in_backward()` steps each weight as its gradient arrives and frees the gradient.
 `training_memory(model, rank, bits=8, step_in_backward=True)` counts what a training takes before it is begun, also for
 a model on the meta device: LLaMA-7B in bfloat16 at rank 1024 takes 20 GB and its activations, 5.7 of it state (AdamW
 in float32 keeps 53.9).
