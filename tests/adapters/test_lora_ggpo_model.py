@@ -448,3 +448,19 @@ def test_momentum_that_is_not_finite_is_counted_and_said_once() -> None:
     assert len(ours) == 1
     assert "the momentum of 1 layers is not finite" in str(ours[0].message)
     assert perturbation.skipped == 2
+
+
+class OwnLinear(nn.Linear):
+    """A base layer that is no plain `nn.Linear`, as quantised ones are: the perturbation is added to its output."""
+
+
+@pytest.mark.parametrize("rule", RULES, ids=RULES)
+def test_on_other_base_layers_the_perturbation_has_a_product_of_its_own(rule: str) -> None:
+    plain, other = lora(), lora()
+    for pair in lora_pairs(other):
+        pair.layer.get_base_layer().__class__ = OwnLinear
+    expected = train(plain, RULES[rule], "functional")
+    found = train(other, RULES[rule], "functional")
+    assert found == pytest.approx(expected, rel=1e-10)
+    for name, value in trained(plain).items():
+        torch.testing.assert_close(trained(other)[name], value, rtol=1e-8, atol=1e-10)
