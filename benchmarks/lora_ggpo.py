@@ -109,8 +109,9 @@ def memory(options: argparse.Namespace) -> None:
         added[name] = peak.added / 1e6
         print(f"  {name:<48} {added[name]:10.1f} MB (adapted weights: {size / 1e6:.1f} MB)")
     check("functional MGPO over LoRA, MB", added["MGPO, functional"] - added["PEFT LoRA"], at_most=0.1 * size / 1e6)
-    # One matrix W + eps at a time; the largest of the seven of a layer, the head beside them, is about a fifth.
-    check("functional GGPO over LoRA, MB", added["GGPO, functional"] - added["PEFT LoRA"], at_most=0.5 * size / 1e6)
+    # One matrix W + eps at a time; the allocator keeps several of them, so the copy of all weights is the measure.
+    over = {name: value - added["PEFT LoRA"] for name, value in added.items()}
+    check("functional GGPO over the naive way, memory", over["GGPO, functional"] / over["GGPO, naive"], at_most=0.5)
 
 
 def main() -> None:

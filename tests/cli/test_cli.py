@@ -60,7 +60,7 @@ def test_version_help_and_wrong_usage(capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("run",), "Which recipe? Built in: quickstart, squeeze"),
+        (("run",), "Which recipe? Built in: finetune-small, pretrain-lowmem, quickstart, squeeze"),
         (("run", "quikstart"), "Did you mean 'quickstart'"),
         (("run", "quickstart", "--set", "fira.rnk=3", "--dry-run"), "unknown option 'rnk'. Did you mean 'rank'"),
         (("run", "quickstart", "--set", "nonsense"), "write it as key=value"),
