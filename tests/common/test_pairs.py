@@ -60,6 +60,10 @@ def test_messages(tmp_path: Path) -> None:
         load_pairs(write(tmp_path / "a.jsonl", [{"prompt": "a", "answer": "b"}]))
     with pytest.raises(DataError, match="Both need at least one"):
         load_pairs(write(tmp_path / "b.jsonl", rows(1)))
+    with pytest.raises(DataError, match=r"missing.jsonl: there is no such file\. Allowed: 'unicode-categories'"):
+        load_pairs("missing.jsonl")
+    with pytest.raises(DataError, match=r"data\.prompt_field and data\.completion_field"):
+        load_pairs(tmp_path / "a.jsonl")
     with pytest.raises(DataError, match=r"no-such-set.*could not be loaded.*'unicode-categories'"):
         load_pairs("no-such-set")
 

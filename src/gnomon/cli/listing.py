@@ -48,7 +48,8 @@ def print_card(slug: str, as_json: bool) -> None:
     print(f"  lets you   {card.lets_you}")
     print(f"  kind       {card.plugs}, pillar {card.pillar}")
     print(f"  call       from {module} import {name}")
-    print(f"  paper      {paper.title}{f' ({source})' if source else ''}")
+    if paper.title:
+        print(f"  paper      {paper.title}{f' ({source})' if source else ''}")
     if paper.code:
         print(f"  code       {paper.code}")
     if card.recipe.get("from_scratch"):

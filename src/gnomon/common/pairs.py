@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from gnomon.common.corpora import Quarantined
-from gnomon.common.rows import read_rows
+from gnomon.common.rows import FORMATS, read_rows
 from gnomon.errors import DataError
 
 __all__ = ["UNICODE_CATEGORIES", "Example", "Pair", "Pairs", "encode", "load_pairs", "pad"]
@@ -27,6 +27,13 @@ UNICODE_CATEGORIES = "unicode-categories"
 
 _CATEGORIES = {"Lu": "capital letter", "Ll": "small letter", "Lo": "other letter", "M": "mark", "N": "number",
                "P": "punctuation", "S": "symbol"}  # fmt: skip
+
+
+_FORMATS = (
+    f"Allowed: {UNICODE_CATEGORIES!r}, a .csv, .tsv, .json, .jsonl or .parquet file (all but Parquet also .gz), or a "
+    "hub dataset id."
+)
+_COLUMNS = "Name the columns with data.prompt_field and data.completion_field."
 
 
 @dataclass(frozen=True)
@@ -119,7 +126,9 @@ def load_pairs(
         prompt_field, completion_field = "prompt", "completion"
     elif Path(source).is_file():
         file = str(source)
-        rows = read_rows(source, columns=(prompt_field, completion_field))
+        rows = read_rows(source, columns=(prompt_field, completion_field), expected=_COLUMNS)
+    elif _is_file_name(str(source)):
+        raise DataError(f"there is no such file. {_FORMATS}", file=source)
     else:
         rows = _hub_rows(str(source), split, (prompt_field, completion_field))
     good: list[Pair] = []
@@ -146,6 +155,10 @@ def load_pairs(
     for pair in good:
         digest.update(f"{pair.prompt}\0{pair.completion}\0".encode("utf-8", "surrogatepass"))
     return Pairs(train, valid, digest.hexdigest(), bad, file)
+
+
+def _is_file_name(source: str) -> bool:
+    return Path(source.removesuffix(".gz")).suffix.lower() in FORMATS
 
 
 def _position(prompt: str) -> float:
@@ -180,10 +193,7 @@ def _hub_rows(source: str, split: str, columns: tuple[str, str]) -> Iterable[Map
     try:
         rows = datasets.load_dataset(source, split=split)
     except Exception as error:  # the library raises a family of unrelated types for a missing or offline dataset
-        raise DataError(
-            f"the dataset {source!r} (split {split!r}) could not be loaded: {error}. Allowed: {UNICODE_CATEGORIES!r}, "
-            "a .csv, .tsv, .json, .jsonl or .parquet file, or a hub dataset id."
-        ) from error
+        raise DataError(f"the dataset {source!r} (split {split!r}) could not be loaded: {error}. {_FORMATS}") from error
     for column in columns:
         if column not in rows.column_names:
             raise DataError(f"no column {column!r}. Columns: {', '.join(rows.column_names)}.", file=source)
