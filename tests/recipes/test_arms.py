@@ -172,3 +172,35 @@ def test_baselines_are_found_by_name_but_are_no_methods() -> None:
         for name, target in card.baselines.items():
             assert callable(catalog.resolve(target))
             assert catalog.get(name).plugs == card.plugs
+
+
+@pytest.mark.slow
+def test_pretrain_lowmem_small(tmp_path: Path) -> None:
+    small = {"train.tokens": 6000, "model.size": "nano", "data.context": 32, "evaluate.tokens": 2000}
+    result = run_recipe(load_recipe("pretrain-lowmem", small), out=tmp_path / "run")
+    ends = {arm["name"]: arm["stages"][-1]["details"] for arm in result.run["arms"]}
+    memory = {name: found["weight_bytes"] + found["optimizer_bytes"] for name, found in ends.items()}
+    assert list(memory) == ["adamw", "galore", "fira", "gradnorm-lorp", "gradnorm-lorp 8 bits", "sltrain"]
+    assert all(memory[name] < memory["adamw"] for name in memory if name != "adamw")
+    assert memory["gradnorm-lorp 8 bits"] < memory["gradnorm-lorp"]
+    assert ends["sltrain"]["weight_bytes"] < ends["adamw"]["weight_bytes"]
+    page = write_report(result.folder).read_text(encoding="utf-8")
+    assert "Perplexity against memory of weights and optimizer" in page
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("line", ["lora-sb", "sora", "allora", "nola", "lora-xs"])
+def test_finetune_small_with_another_line(line: str, tmp_path: Path) -> None:
+    options = {"r": 4, "target_modules": "all-linear", "lr": 0.01}
+    small = {
+        "model": {"architecture": "llama", "size": "nano", "vocab_size": 500},
+        "train.epochs": 0.02,
+        "train.methods": [{"uses": line, "with": options | ({"num_basis_a": 8} if line == "nola" else {})}],
+        "evaluate.tokens": 1000,
+        "evaluate.texts": 8,
+        "arms": {},
+    }
+    result = run_recipe(load_recipe("finetune-small", small), out=tmp_path / "run")
+    assert result.run["arms"][0]["name"] == "adapter"
+    assert {"perplexity", "accuracy"} <= set(result.metrics)
+    assert 0 < result.run["arms"][0]["stages"][-1]["details"]["trainable_parameters"] < 30_000
