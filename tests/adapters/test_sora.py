@@ -342,7 +342,7 @@ def test_one_map_a_step_under_accumulation_and_with_a_closure() -> None:
     assert float(made[2].step(closure).detach()) > 0
     for other in (parts, closed):
         for mine, theirs in zip(trained(other), trained(whole), strict=True):
-            torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-5)
+            torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
 
 
 def test_the_state_goes_on_where_it_was_saved_and_copies_are_apart() -> None:

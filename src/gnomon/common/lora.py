@@ -8,11 +8,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from jaxtyping import Float
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from gnomon.common.tensors import wide
 from gnomon.errors import MethodError, ModelError, nearest
 
 __all__ = ["LoraPair", "lora_pairs", "product_inner", "product_row_norms"]
@@ -139,7 +139,7 @@ def product_row_norms(b: Float[Tensor, "out r"], a: Float[Tensor, "r in"]) -> Fl
     >>> product_row_norms(torch.tensor([[3.0], [0.0]]), torch.tensor([[0.6, 0.8]]))
     tensor([3., 0.])
     """
-    b, a = _wide(b), _wide(a)
+    b, a = wide(b), wide(a)
     return ((b @ (a @ a.T)) * b).sum(dim=1).clamp(min=0.0).sqrt()
 
 
@@ -157,9 +157,5 @@ def product_inner(
     Tensor ()
         float32, or float64 where a factor is.
     """
-    b, a, d, c = _wide(b), _wide(a), _wide(d), _wide(c)
+    b, a, d, c = wide(b), wide(a), wide(d), wide(c)
     return ((b.T @ d) * (a @ c.T)).sum()
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()

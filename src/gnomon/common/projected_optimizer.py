@@ -24,6 +24,7 @@ from gnomon.common import projection
 from gnomon.common.projected_groups import check_projected_group, warn_of_sharded_moments
 from gnomon.common.projection import FULL, LEFT, RIGHT
 from gnomon.common.quantized_state import SMALLEST, load_moment, store_moment
+from gnomon.common.tensors import full_tensor
 from gnomon.errors import MethodError
 
 __all__ = ["ProjectedOptimizer"]
@@ -232,7 +233,7 @@ class ProjectedOptimizer(Optimizer):
             self._step_plain(group, params)
 
     def _step_projected(self, group: dict[str, Any], p: Tensor) -> None:
-        grad = projection.full_tensor(p.grad)  # type: ignore[arg-type]
+        grad = full_tensor(p.grad)  # type: ignore[arg-type]
         low_rank, direction = self._project(group, p, grad)
         self._apply(group, p, grad, low_rank, direction, self._step_size(group, self.state[p]["step"]))
 

@@ -27,7 +27,6 @@ __all__ = [
     "broadcast_from_first",
     "energy_resolution",
     "factors",
-    "full_tensor",
     "gather",
     "gradient_basis",
     "local_part",
@@ -188,11 +187,6 @@ def add_low_rank_(
     if dense is not None:
         update.addcmul_(dense[0], dense[1], value=dense[2])
     weight.add_(update, alpha=-step_size)
-
-
-def full_tensor(tensor: Tensor) -> Tensor:
-    """Return the whole matrix of a sharded tensor (a collective on every rank), or the tensor itself."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def local_tensor(tensor: Tensor, like: Tensor | None = None) -> Tensor:

@@ -10,6 +10,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from gnomon.common.quantized_state import dequantize
+from gnomon.common.tensors import full_tensor
 from gnomon.errors import MethodError
 
 __all__ = ["check_optimizer", "full", "momentum", "set_momentum", "unwrapped"]
@@ -34,8 +35,7 @@ def unwrapped(optimizer: Any) -> Optimizer:
 
 def full(x: Tensor) -> Tensor:
     """Return a tensor without its graph, put together where it is sharded (a collective call)."""
-    x = x.detach()
-    return x.full_tensor() if isinstance(x, DTensor) else x
+    return full_tensor(x.detach())
 
 
 def _group_of(optimizer: Optimizer, parameter: Tensor) -> dict[str, Any] | None:

@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from gnomon.common.lora import product_inner, product_row_norms
+from gnomon.common.tensors import wide
 from gnomon.errors import MethodError
 
 __all__ = [
@@ -124,10 +125,6 @@ def _check_beta(beta: float) -> None:
         raise MethodError(f"beta = {beta}; it must be in [0, 1), 1 itself excluded.")
 
 
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
-
-
 def merged_row_norms(
     weight: Float[Tensor, "out in"], b: Float[Tensor, "out r"], a: Float[Tensor, "r in"], scaling: float
 ) -> Float[Tensor, " out"]:
@@ -150,7 +147,7 @@ def merged_row_norms(
     >>> merged_row_norms(torch.tensor([[3.0, 0.0]]), torch.tensor([[2.0]]), torch.tensor([[0.0, 1.0]]), 2.0)
     tensor([5.])
     """
-    weight, b, a = _wide(weight), _wide(b), _wide(a)
+    weight, b, a = wide(weight), wide(b), wide(a)
     b, a = b.to(weight.dtype), a.to(weight.dtype)
     cross = ((weight @ a.T) * b).sum(dim=1)
     square = torch.linalg.vector_norm(weight, dim=1).square() + 2 * scaling * cross

@@ -12,6 +12,7 @@ from torch.nn.functional import linear
 from gnomon.adapters._peft import LinearAdapter, LinearTuner
 from gnomon.adapters.lora_sb.config import LoRASBConfig
 from gnomon.adapters.lora_sb.factors import Factors, Sketch, derive_seed, update_factors, weight_factors
+from gnomon.common.tensors import full_tensor
 from gnomon.errors import MethodError, ModelError
 
 __all__ = ["LatentLinear", "LoRASBLinear", "LoRASBModel", "LoRAXSLinear", "LoRAXSModel"]
@@ -202,7 +203,7 @@ class _LatentModel(LinearTuner):
             path = f"{name}.{stem}"
             if f"{path}_A.{adapter_name}" not in found:
                 continue
-            A, B = (_whole(found.pop(f"{path}_{letter}.{adapter_name}")) for letter in "AB")
+            A, B = (full_tensor(found.pop(f"{path}_{letter}.{adapter_name}")) for letter in "AB")
             if config.save_factors == "bf16":
                 found[f"{path}_A.{adapter_name}"], found[f"{path}_B.{adapter_name}"] = A.bfloat16(), B.bfloat16()
             elif config.save_factors == "seeded-sketch":
@@ -237,7 +238,7 @@ class _LatentModel(LinearTuner):
                 A, B = layer.unsaved(adapter_name)
                 state_dict[f"{path}_A"], state_dict[f"{path}_B"] = A, B
                 if saved is not None:
-                    numbers[layer.key] = _number(_whole(A), _whole(B))
+                    numbers[layer.key] = _number(full_tensor(A), full_tensor(B))
             for letter in "AB":
                 wide = torch.promote_types(state_dict[f"{path}_{letter}"].dtype, torch.float32)
                 state_dict[f"{path}_{letter}"] = state_dict[f"{path}_{letter}"].to(wide)
@@ -262,10 +263,6 @@ class LoRAXSModel(_LatentModel):
 
 def _layers(model: nn.Module, adapter_name: str) -> dict[str, LatentLinear]:
     return {n: m for n, m in model.named_modules() if isinstance(m, LatentLinear) and m.has(adapter_name)}
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def _number(A: Tensor, B: Tensor) -> Tensor:

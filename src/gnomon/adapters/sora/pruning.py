@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from gnomon.adapters.sora.tuner import SoRALinear, sora_layers
+from gnomon.common.tensors import full_tensor
 from gnomon.errors import MethodError, ModelError
 
 __all__ = ["SoRASummary", "prune_sora", "repack_sora", "sora_ranks", "sora_summary"]
@@ -37,7 +38,7 @@ def sora_ranks(model: nn.Module, adapter: str | None = None) -> dict[str, int]:
         Path in the base model -> rank.
     """
     name, layers = sora_layers(model, adapter)
-    return {key: int((_whole(layer.lora_gate[name]) != 0).sum()) for key, layer in layers.items()}
+    return {key: int((full_tensor(layer.lora_gate[name]) != 0).sum()) for key, layer in layers.items()}
 
 
 @dataclass(frozen=True)
@@ -94,10 +95,6 @@ def sora_summary(model: nn.Module, adapter: str | None = None) -> SoRASummary:
         if layer.lora_gate[name].requires_grad
     )
     return SoRASummary(sum(ranks.values()), sum(layer.r[name] for layer in layers.values()), trained - zero, ranks)
-
-
-def _whole(x: Tensor) -> Tensor:
-    return x.full_tensor() if isinstance(x, DTensor) else x
 
 
 def prune_sora(model: PeftModel) -> PeftModel:

@@ -12,6 +12,7 @@ from torch.optim.optimizer import ParamsT
 from gnomon.common import projection
 from gnomon.common.projected_adam import ProjectedAdam
 from gnomon.common.projected_optimizer import ProjectedOptimizer
+from gnomon.common.tensors import wide
 from gnomon.errors import GnomonWarning, MethodError, nearest
 from gnomon.optim.gradnorm_lorp.weight_norm import (
     ZERO_ROW,
@@ -20,7 +21,6 @@ from gnomon.optim.gradnorm_lorp.weight_norm import (
     new_magnitudes,
     squares,
     tangent,
-    wide,
 )
 
 __all__ = ["GradNormLoRP"]

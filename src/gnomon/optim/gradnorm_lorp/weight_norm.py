@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from gnomon.common.tensors import wide
+
 __all__ = ["SMALLEST_MAGNITUDE", "ZERO_ROW", "WeightNormGradients", "new_magnitudes", "weight_norm_gradients"]
 
 ZERO_ROW = 1e-12
@@ -33,11 +35,6 @@ class WeightNormGradients(NamedTuple):
     norms: Float[Tensor, " m"]
     magnitude: Float[Tensor, " m"]
     direction: Float[Tensor, "m n"]
-
-
-def wide(x: Tensor) -> Tensor:
-    """Return a tensor in float32, or as it is in float32 and float64."""
-    return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
 def squares(x: Float[Tensor, "... n"]) -> Float[Tensor, " ..."]:
